@@ -1,0 +1,66 @@
+"""The configuration tree: frozen dataclasses, filled from defaults, flags or a caller. No jax here.
+
+Every key is obeyed or refused with a `ConfigError` that names it and says what to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be obeyed; the message names it, its value and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is served.
+
+    Args:
+        model: a Hugging Face folder, or "bundled".
+        placement: "disaggregated" (layers on the compute mesh, attention and KV cache on the memory
+            mesh) or "collocated" (one program per step on the compute mesh).
+        dtype: of weights, activations and KV cache; "auto" takes the checkpoint's.
+        max_model_len: longest prompt + continuation in tokens; None takes the model's own limit.
+        max_num_seqs: requests decoded at once.
+        max_prefill_tokens: longest prompt of one prefill microbatch; None takes
+            min(max_model_len, 1024).
+        page_size: tokens per KV page.
+        num_pages: pages of the KV pool; None sizes it from `memory_fraction`.
+        memory_fraction: share of each memory device that weights, temporaries and pages may fill.
+        microbatches: 1, 2 (the double buffer) or "auto".
+        overlap: "on" sends q before k and v are computed (paper 4.2.2), "off" sends all at once.
+        compute_devices, memory_devices: "cpu:0", "cpu:1-2", "gpu:0,1", ...; None chooses.
+    """
+
+    model: str = "bundled"
+    placement: Literal["disaggregated", "collocated"] = "disaggregated"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_prefill_tokens: int | None = None
+    page_size: int = 64
+    num_pages: int | None = None
+    memory_fraction: float = 0.9
+    microbatches: Literal["auto", 1, 2] = "auto"
+    overlap: Literal["auto", "on", "off"] = "auto"
+    compute_devices: str | None = None
+    memory_devices: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("placement", self.placement, ("disaggregated", "collocated"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("microbatches", self.microbatches, ("auto", 1, 2))
+        _one_of("overlap", self.overlap, ("auto", "on", "off"))
+        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "page_size", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
