@@ -1,0 +1,102 @@
+"""Llama 1, 2 and 3 (Hugging Face's LlamaForCausalLM)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lamina_jax.models.config import ModelConfig
+from lamina_jax.models.layers import (
+    Embedding,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    Rotation,
+    Storage,
+    rotate,
+    rotation,
+)
+from lamina_jax.ops import attention
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, name: str, storage: Storage) -> None:
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        query, kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        bias = config.attention_bias
+        self.q = Linear((hidden, query), ("embed", "heads"), f"{name}.q_proj", storage, bias)
+        self.k = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.k_proj", storage, bias)
+        self.v = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.v_proj", storage, bias)
+        self.o = Linear((query, hidden), ("heads", "embed"), f"{name}.o_proj", storage, bias)
+
+    def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float[Array, "T D"]:
+        q = rotate(self.head_norm("q", self.heads(self.q(x))), turn)
+        k = rotate(self.head_norm("k", self.heads(self.k(x))), turn)
+        v = self.heads(self.v(x))
+        o = attention(q, k, v, scale=self.head_dim**-0.5)
+        return self.o(o.reshape(x.shape[0], -1))
+
+    def heads(self, x: Float[Array, "T NH"]) -> Float[Array, "T N H"]:
+        return x.reshape(x.shape[0], -1, self.head_dim)
+
+    def head_norm(self, which: str, heads: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        """For families that normalise queries and keys per head."""
+        return heads
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, name: str, storage: Storage, attention_type: type[Attention]
+    ) -> None:
+        norm = (config.hidden_size, "embed")
+        self.attention_norm = RMSNorm(*norm, f"{name}.input_layernorm", storage, config.rms_norm_eps)
+        self.attention = attention_type(config, f"{name}.self_attn", storage)
+        self.mlp_norm = RMSNorm(*norm, f"{name}.post_attention_layernorm", storage, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, f"{name}.mlp", storage)
+
+    def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float[Array, "T D"]:
+        x = x + self.attention(self.attention_norm(x), turn)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """tokens[T] at positions[T] to the logits of the tokens `logits_at`."""
+
+    attention_type = Attention
+
+    def __init__(self, config: ModelConfig, storage: Storage) -> None:
+        self.config = config
+        self.embedding = Embedding(config, "model.embed_tokens", storage)
+        self.blocks = nnx.List(
+            Block(config, f"model.layers.{layer}", storage, self.attention_type)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, "embed", "model.norm", storage, config.rms_norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear((config.hidden_size, config.vocab_size), ("embed", "vocab"), "lm_head", storage)
+        )
+
+    def __call__(
+        self, tokens: Int[Array, " T"], positions: Int[Array, " T"], logits_at: Int[Array, " B"]
+    ) -> Float[Array, "B V"]:
+        x = self.embedding(tokens)
+        turn = rotation(positions, self.config.rope, self.config.head_dim)
+        for block in self.blocks:
+            x = block(x, turn)
+        x = self.norm(take_rows(x, logits_at))
+        if self.head is None:
+            return self.embedding.logits(x)
+        return self.head.logits(x)
+
+
+def take_rows(x: Float[Array, "T D"], rows: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """x[rows], in float32 on the way: XLA on a CPU gathers 16-bit floats badly."""
+    return x.astype(jnp.float32)[rows].astype(x.dtype)
+
