@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a fresh machine with Python 3.11 and make is enough.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install serve test test-slow test-parity lint format clean
+
+install: .venv/.installed
+
+serve: install
+	$(BIN)/python -m lamina_jax.serve $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# Makes the reference fixtures anew with torch and transformers, then compares with them.
+test-parity: .venv-parity/.installed
+	.venv-parity/bin/python tests/parity/make_fixtures.py
+	.venv-parity/bin/python -m pytest -q -m "parity or not parity" tests/parity $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	    .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: EXTRAS := test
+.venv-parity/.installed: EXTRAS := test,parity
+
+.venv/.installed .venv-parity/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(VENV_MODULE)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Debian packs Python's venv module apart: as root it is installed, else the command is named.
+VENV_MODULE = { \
+    [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y python3-venv; \
+} || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
