@@ -1,0 +1,280 @@
+"""The scheduler: which requests get a token in the next step, and what the tokens mean that come back.
+
+It owns the waiting queue, admission by pages and seats, the decode microbatches and the steps in
+flight. It knows nothing of weights, devices or jax: it deals in requests, pages and integers.
+
+    plan = scheduler.schedule()                # step t + 1, while step t is still in flight
+    events = scheduler.update(oldest, tokens)  # the tokens of step t, once they are read
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+
+from lamina_jax.core import FinishReason, MicrobatchPlan, Request, StepPlan, TokenEvent
+from lamina_jax.engine.pages import PagePool
+from lamina_jax.engine.rows import DecodeRows, LiveRequest, plan_prefill
+from lamina_jax.engine.scheduler_config import SchedulerConfig
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+# One step runs while the next one is planned: its tokens are fed back on the device, unseen here.
+_MAX_STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """A plan handed out, and the requests behind its rows. Ids do not do: one may be in use again."""
+
+    plan: StepPlan
+    requests: tuple[tuple[LiveRequest, ...], ...]
+
+
+class Scheduler:
+    """Continuous batching in first-come, first-served order.
+
+    A request waits, is prefilled in one step, and decodes in one microbatch until it ends. It is
+    admitted when there are pages for all tokens that it can ever cache, so it never has to be put
+    off later. `abort` is allowed at any moment. Not safe for use by several threads.
+
+    Attributes:
+        config: its limits.
+        pages: the page pool; `num_free`, `num_used` and `num_pages` are its counts.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pages = PagePool(config.num_pages, config.page_size)
+        self._requests: dict[str, LiveRequest] = {}
+        self._waiting: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
+        self._in_flight: deque[_StepInFlight] = deque()
+        self._next_step = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no pages yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were admitted and have not ended: at most `max_num_seqs`."""
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """A request has not ended, or a step is in flight and must still be given to `update`."""
+        return bool(self._requests or self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its `max_tokens` is clipped to what fits `max_model_len`.
+
+        Raises:
+            ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1
+                or `max_prefill_tokens`, or the request needs more pages than the pool has.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
+        prompt_len, max_tokens = len(request.prompt_token_ids), self._max_tokens(request)
+        num_pages = self._pages_to_reserve(prompt_len, max_tokens)
+        if num_pages > self.config.num_pages:
+            raise ValueError(
+                f"request {request.request_id!r}: {prompt_len} prompt tokens and {max_tokens} new ones need "
+                f"{num_pages} pages, the pool has num_pages={self.config.num_pages} (page_size="
+                f"{self.config.page_size}): lower max_tokens, shorten the prompt or raise num_pages"
+            )
+        live = LiveRequest(request, num_pages, to_plan=max_tokens, to_read=max_tokens)
+        self._requests[request.request_id] = live
+        self._waiting[request.request_id] = live
+
+    def abort(self, request_id: str) -> None:
+        """End a request at any moment; an id that is not held is left alone.
+
+        No `TokenEvent` follows, now or at `update`: the caller knows what it aborted. Pages that a
+        step in flight names stay used until that step is given to `update`.
+        """
+        if request_id in self._requests:
+            self._end(self._requests[request_id])
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step: a token for every decode row, and prompts that can be admitted.
+
+        Returns None when there is nothing to dispatch now: no work, two steps in flight, or every
+        request waits for tokens or pages of a step in flight.
+        """
+        if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT:
+            return None
+        step = self._next_step
+        planned: list[tuple[MicrobatchPlan, tuple[LiveRequest, ...]]] = []
+        for rows in self._decode:
+            decode = rows.plan(step)
+            if decode is not None:
+                planned.append((decode, tuple(rows.requests)))
+        bucket, admitted = self._admit()
+        if admitted:
+            planned.append((plan_prefill(step, admitted, bucket, self.config), tuple(admitted)))
+        if not planned:
+            return None
+        microbatches, requests = zip(*planned, strict=True)
+        plan = StepPlan(step=step, microbatches=microbatches)
+        self._in_flight.append(_StepInFlight(plan, requests))
+        self._next_step += 1
+        return plan
+
+    def update(self, plan: StepPlan, tokens: Sequence[np.ndarray]) -> list[TokenEvent]:
+        """Take in the tokens of the oldest step in flight.
+
+        Args:
+            plan: what `schedule` returned; plans are given back in that order.
+            tokens: int32[B] for each of its microbatches; what padding rows hold is ignored.
+
+        Returns:
+            One event per live request of the plan. Tokens of requests that ended before, by a stop
+            token seen one step late or by `abort`, are dropped.
+
+        Raises:
+            ValueError: `plan` is not the oldest in flight, or `tokens` do not have its shapes. The
+                step stays in flight.
+        """
+        if not self._in_flight or self._in_flight[0].plan is not plan:
+            in_flight = [step.plan.step for step in self._in_flight]
+            raise ValueError(f"step {plan.step} is not the oldest in flight ({in_flight}): update in order")
+        chosen = _checked(plan, tokens)
+        requests = self._in_flight.popleft().requests
+        self.pages.complete(plan.step)
+        events: list[TokenEvent] = []
+        prefilled: list[tuple[LiveRequest, int]] = []
+        for microbatch, rows, row_tokens in zip(plan.microbatches, requests, chosen, strict=True):
+            new_tokens = row_tokens.tolist()[: len(rows)]
+            events += self._read(rows, new_tokens)
+            if microbatch.kind == "decode":
+                self._decode[microbatch.microbatch].read(plan.step, row_tokens)
+            else:
+                prefilled = list(zip(rows, new_tokens, strict=True))
+        self._start_decoding(prefilled)
+        return events
+
+    def check_idle(self) -> None:
+        """With nothing held, every page is free; a RuntimeError says how many are lost."""
+        if not self.has_work and self.pages.num_used:
+            raise RuntimeError(
+                f"the scheduler is idle but {self.pages.num_used} of {self.pages.num_pages} pages are in use"
+            )
+
+    def _max_tokens(self, request: Request) -> int:
+        """How many tokens `request` may generate; ValueError if its prompt cannot be served."""
+        length, limits = len(request.prompt_token_ids), self.config
+        name = f"request {request.request_id!r}"
+        if length == 0:
+            raise ValueError(f"{name}: the prompt is empty, give at least one token id")
+        if length >= limits.max_model_len:
+            raise ValueError(
+                f"{name}: a prompt of {length} tokens leaves no room for a new one within "
+                f"max_model_len={limits.max_model_len}: shorten the prompt or raise max_model_len"
+            )
+        if length > limits.max_prefill_tokens:
+            raise ValueError(
+                f"{name}: the prompt has {length} tokens, max_prefill_tokens={limits.max_prefill_tokens}: "
+                f"shorten the prompt or raise max_prefill_tokens"
+            )
+        return min(request.sampling.max_tokens, limits.max_model_len - length)
+
+    def _pages_to_reserve(self, prompt_len: int, max_tokens: int) -> int:
+        """Pages for every token that the request can ever cache.
+
+        The last token is never fed back, so it is not cached. The overrun token, planned before a
+        stop token is seen, is within `max_tokens` too: steps past that length are never planned.
+        """
+        return self.pages.pages_for(prompt_len + max_tokens - 1)
+
+    def _admit(self) -> tuple[tuple[int, int], list[LiveRequest]]:
+        """Move the head of the queue into one prefill bucket, with pages; perhaps nobody."""
+        admissible = self._admissible()
+        if not admissible:
+            return (0, 0), []
+        lengths = [len(request.request.prompt_token_ids) for request in admissible]
+        bucket, count = _choose_bucket(self.config.prefill_buckets, lengths)
+        for request in admissible[:count]:
+            del self._waiting[request.request.request_id]
+            request.pages = self.pages.allocate(request.num_pages)
+        return bucket, admissible[:count]
+
+    def _admissible(self) -> list[LiveRequest]:
+        """The requests from the head of the queue on that have seats and pages. Nobody overtakes."""
+        seats = self.config.max_num_seqs - self.num_running
+        most = min(seats, max(rows for rows, _ in self.config.prefill_buckets))
+        free = self.pages.num_free
+        admissible: list[LiveRequest] = []
+        for request in self._waiting.values():
+            free -= request.num_pages
+            if free < 0 or len(admissible) == most:
+                break
+            admissible.append(request)
+        return admissible
+
+    def _read(self, requests: Sequence[LiveRequest], tokens: Sequence[int]) -> list[TokenEvent]:
+        """What the new token of each request means; requests that end give their pages back."""
+        events = []
+        for request, token in zip(requests, tokens, strict=True):
+            if request.ended:
+                continue
+            request.to_read -= 1
+            reason: FinishReason | None = None
+            if token in request.request.stop_token_ids:
+                reason = "stop"
+            elif not request.to_read:
+                reason = "length"
+            if reason:
+                self._end(request)
+            events.append(
+                TokenEvent(request_id=request.request.request_id, token_id=token, finish_reason=reason)
+            )
+        return events
+
+    def _start_decoding(self, prefilled: Sequence[tuple[LiveRequest, int]]) -> None:
+        """Give each request that was prefilled and goes on a row in the emptiest decode microbatch."""
+        for rows in self._decode:
+            rows.pack()
+        for request, token in prefilled:
+            if not request.ended:
+                min(self._decode, key=lambda rows: len(rows.requests)).join(request, token)
+
+    def _end(self, request: LiveRequest) -> None:
+        """The request gets no more tokens. Its pages follow the last step that names it."""
+        request.ended = True
+        del self._requests[request.request.request_id]
+        self._waiting.pop(request.request.request_id, None)
+        self.pages.free(request.pages, after_step=request.last_step)
+
+
+def _choose_bucket(buckets: Sequence[tuple[int, int]], lengths: Sequence[int]) -> tuple[tuple[int, int], int]:
+    """The bucket (B, Q) with the fewest tokens per prompt served, and how many of `lengths` it serves.
+
+    Prompts are served in order: a bucket stops at the first that is longer than Q. Among equals, more
+    prompts, then the smaller Q: the local part of attention grows with its square.
+    """
+
+    def served(rows: int, width: int) -> int:
+        return sum(1 for _ in takewhile(lambda length: length <= width, lengths[:rows]))
+
+    def cost(bucket: tuple[int, int]) -> tuple[float, int, int]:
+        rows, width = bucket
+        return rows * width / served(rows, width), -served(rows, width), width
+
+    best = min((bucket for bucket in buckets if bucket[1] >= lengths[0]), key=cost)
+    return best, served(*best)
+
+
+def _checked(plan: StepPlan, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`tokens` as arrays; ValueError unless they are int[B] for each microbatch of `plan`."""
+    chosen = [np.asarray(row_tokens) for row_tokens in tokens]
+    expected = [(microbatch.bucket[0],) for microbatch in plan.microbatches]
+    if [array.shape for array in chosen] != expected or any(array.dtype.kind not in "iu" for array in chosen):
+        got = [f"{array.dtype}{list(array.shape)}" for array in chosen]
+        raise ValueError(f"step {plan.step} needs tokens of shapes {expected} in an integer dtype, got {got}")
+    return chosen

@@ -1,0 +1,75 @@
+"""The scheduler's limits: how many pages, rows and tokens there are, and the buckets compiled for them.
+
+It owns the static shapes of a step. It knows nothing of requests, devices or jax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamina_jax.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The limits of a scheduler. ConfigError names the setting that cannot be obeyed.
+
+    Args:
+        num_pages: P, pages of the KV pool.
+        page_size: p, tokens per page.
+        max_model_len: longest prompt + continuation in tokens.
+        max_num_seqs: requests that hold pages at once.
+        microbatches: n, decode microbatches.
+        decode_buckets: the row counts B that a decode microbatch can have, ascending.
+        prefill_buckets: the (B, Q) that a prefill microbatch can have: B prompts of at most Q tokens.
+    """
+
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    microbatches: int
+    decode_buckets: tuple[int, ...]
+    prefill_buckets: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "page_size", "max_model_len", "max_num_seqs", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.padding_slot >= 2**31:
+            raise ConfigError(
+                f"num_pages={self.num_pages} * page_size={self.page_size} does not fit int32: lower num_pages"
+            )
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        ascending = all(a < b for a, b in zip((0, *self.decode_buckets), self.decode_buckets, strict=False))
+        if not self.decode_buckets or not ascending:
+            raise ConfigError(f"decode_buckets must be positive and ascending, got {self.decode_buckets}")
+        if self.decode_buckets[-1] < self.rows_per_microbatch:
+            raise ConfigError(
+                f"decode_buckets={self.decode_buckets} have no room for {self.rows_per_microbatch} rows "
+                f"(max_num_seqs={self.max_num_seqs}, microbatches={self.microbatches}): add a larger one"
+            )
+        if not self.prefill_buckets or min(min(bucket) for bucket in self.prefill_buckets) < 1:
+            raise ConfigError(f"prefill_buckets must be pairs of positive (B, Q), got {self.prefill_buckets}")
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Most live rows of one decode microbatch: ceil(max_num_seqs / n)."""
+        return -(-self.max_num_seqs // self.microbatches)
+
+    @property
+    def table_width(self) -> int:
+        """M, the width of a block table: pages of the longest request."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot of a token that is not kept: one past the pool, so that its write is dropped."""
+        return self.num_pages * self.page_size
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Longest prompt of any prefill bucket."""
+        return max(width for _, width in self.prefill_buckets)

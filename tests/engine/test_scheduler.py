@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lamina_jax.config import ConfigError
+from lamina_jax.core import Request, SamplingParams, StepPlan
+from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
+from lamina_jax.testing import FakeModel, FakeRunner
+
+MODEL = FakeModel(vocab_size=23)
+
+
+def make_config(**changes):
+    settings = {
+        "num_pages": 24,
+        "page_size": 4,
+        "max_model_len": 24,
+        "max_num_seqs": 4,
+        "microbatches": 2,
+        "decode_buckets": (1, 2, 4),
+        "prefill_buckets": ((1, 16), (2, 8), (4, 4)),
+    }
+    return SchedulerConfig(**(settings | changes))
+
+
+def make_request(request_id, prompt=(1, 2, 3), max_tokens=4, stop=()):
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens),
+        stop_token_ids=frozenset(stop),
+    )
+
+
+@dataclass
+class Client:
+    """One request as its client sees it."""
+
+    request: Request
+    alone: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Driver:
+    """A scheduler and a fake runner, with everything checked that must hold at every moment."""
+
+    def __init__(self, config):
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.runner = FakeRunner(MODEL, num_pages=config.num_pages, page_size=config.page_size)
+        self.clients: list[Client] = []
+        self.live: dict[str, Client] = {}
+        self.queue: list[str] = []
+        self.in_flight: deque[tuple[StepPlan, list[np.ndarray], dict[int, Client]]] = deque()
+
+    def add(self, request):
+        self.scheduler.add(request)
+        length = len(request.prompt_token_ids)
+        limit = min(request.sampling.max_tokens, self.config.max_model_len - length)
+        alone = MODEL.generate(request.prompt_token_ids, limit, request.stop_token_ids)
+        self.live[request.request_id] = Client(request, alone)
+        self.clients.append(self.live[request.request_id])
+        self.queue.append(request.request_id)
+
+    def abort(self, request_id):
+        self.scheduler.abort(request_id)
+        if request_id in self.live:
+            self.live.pop(request_id).finish_reason = "abort"
+        if request_id in self.queue:
+            self.queue.remove(request_id)
+
+    def schedule(self):
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            assert plan.microbatches
+            assert len(self.in_flight) < 2
+            for microbatch in plan.microbatches:
+                self.check_microbatch(microbatch)
+            self.check_pages(plan)
+            self.in_flight.append((plan, self.runner.dispatch(plan), self.pages_named(plan)))
+        if len(self.in_flight) < 2:
+            self.check_head_of_queue(plan)
+        return plan
+
+    def update(self):
+        plan, tokens, _ = self.in_flight.popleft()
+        events = self.scheduler.update(plan, self.runner.read(tokens))
+        named = [request_id for microbatch in plan.microbatches for request_id in microbatch.request_ids]
+        assert {event.request_id for event in events} <= set(named)
+        for event in events:
+            client = self.live[event.request_id]
+            client.tokens.append(event.token_id)
+            client.finish_reason = event.finish_reason
+            if event.finish_reason:
+                del self.live[event.request_id]
+        return events
+
+    def finish(self):
+        """Run to the end, at most as many steps as there are tokens, and look at the whole story."""
+        budget = 2 + sum(len(client.alone) + 1 for client in self.live.values())
+        while self.scheduler.has_work:
+            if self.schedule() is None or len(self.in_flight) == 2:
+                assert self.in_flight, "work is left, nothing is in flight and nothing is planned"
+                self.update()
+                budget -= 1
+                assert budget >= 0, "the scheduler plans more steps than there are tokens"
+        assert self.schedule() is None
+        for client in self.clients:
+            if client.finish_reason == "abort":
+                assert client.tokens == client.alone[: len(client.tokens)]
+            else:
+                assert client.tokens == client.alone
+                stopped = client.alone[-1] in client.request.stop_token_ids
+                assert client.finish_reason == ("stop" if stopped else "length")
+        self.scheduler.check_idle()
+        assert self.scheduler.pages.num_free == self.config.num_pages
+
+    def pages_needed(self, request_id):
+        request = self.live[request_id].request
+        length = len(request.prompt_token_ids)
+        total = min(length + request.sampling.max_tokens, self.config.max_model_len)
+        return -(-(total - 1) // self.config.page_size)
+
+    def pages_named(self, plan):
+        return {
+            int(page): self.live[request_id]
+            for microbatch in plan.microbatches
+            for row, request_id in enumerate(microbatch.request_ids)
+            for page in microbatch.block_tables[row, : self.pages_needed(request_id)]
+        }
+
+    def check_pages(self, plan):
+        """No page in two hands: in this plan, nor between it and the steps in flight."""
+        request_ids = [request_id for m in plan.microbatches for request_id in m.request_ids]
+        pages = self.pages_named(plan)
+        assert len(set(request_ids)) == len(request_ids)
+        assert len(pages) == sum(map(self.pages_needed, request_ids))
+        for _, _, named in self.in_flight:
+            for page, client in pages.items():
+                assert named.get(page, client) is client, f"page {page} is reused while a step names it"
+
+    def check_microbatch(self, plan):
+        """Shapes are those of a bucket, and everything beyond the live rows and tokens is padding."""
+        (rows, width), live, limits = plan.bucket, len(plan.request_ids), self.config
+        assert live
+        assert {array.dtype for array in vars(plan).values() if isinstance(array, np.ndarray)} == {
+            np.dtype(np.int32)
+        }
+        assert plan.block_tables.shape == plan.page_index.shape == (rows, limits.table_width)
+        assert (plan.page_index == np.arange(limits.table_width)).all()
+        assert plan.positions.shape == plan.slots.shape == (rows, width)
+        assert plan.feedback.shape == plan.context_lens.shape == plan.logits_at.shape == (rows,)
+        for array in (plan.tokens, plan.positions, plan.context_lens, plan.block_tables):
+            assert not array[live:].any()
+        assert (plan.slots[live:] == limits.padding_slot).all()
+        assert (plan.feedback[live:] == -1).all()
+        if plan.kind == "decode":
+            assert live <= limits.rows_per_microbatch
+            assert rows == next(bucket for bucket in limits.decode_buckets if bucket >= live)
+            assert plan.microbatch < limits.microbatches
+            assert (plan.positions[:, 0] == plan.context_lens).all()
+            assert not plan.tokens[:, 0][plan.feedback >= 0].any()
+            assert (plan.logits_at == np.arange(rows)).all()
+            assert (plan.context_lens[:live] > 0).all()
+        else:
+            assert plan.microbatch == limits.microbatches
+            assert (rows, width) in limits.prefill_buckets
+            assert (plan.feedback == -1).all()
+            assert not plan.context_lens.any()
+            assert not plan.logits_at[live:].any()
+            for row, request_id in enumerate(plan.request_ids):
+                length = len(self.live[request_id].request.prompt_token_ids)
+                assert (plan.slots[row, length:] == limits.padding_slot).all()
+                assert (plan.slots[row, :length] < limits.padding_slot).all()
+            assert list(plan.request_ids) == self.queue[:live], "somebody overtook"
+            del self.queue[:live]
+
+    def check_head_of_queue(self, plan):
+        """Whoever is first in the queue waits for seats or pages only."""
+        admitted = plan is not None and plan.microbatches[-1].kind == "prefill"
+        if self.queue and not admitted:
+            full = self.scheduler.num_running == self.config.max_num_seqs
+            assert full or self.pages_needed(self.queue[0]) > self.scheduler.pages.num_free
+
+    def check_counts(self):
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        assert pages.num_free + pages.num_used == pages.num_pages == self.config.num_pages
+        assert scheduler.num_waiting == len(self.queue)
+        assert scheduler.num_running == len(self.live) - len(self.queue) <= self.config.max_num_seqs
+        running = set(self.live) - set(self.queue)
+        assert sum(map(self.pages_needed, running)) <= pages.num_used
+        assert scheduler.has_work == bool(self.live or self.in_flight)
+
+
+class AnyTraffic(RuleBasedStateMachine):
+    """Requests come and go in any order, with the next step planned before or after tokens are read."""
+
+    @initialize(
+        microbatches=st.integers(1, 3),
+        max_num_seqs=st.integers(1, 5),
+        num_pages=st.integers(4, 12),
+        page_size=st.sampled_from([1, 3, 4]),
+        run_ahead=st.integers(0, 1),
+    )
+    def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead):
+        self.run_ahead = run_ahead
+        self.driver = Driver(
+            make_config(
+                microbatches=microbatches,
+                max_num_seqs=max_num_seqs,
+                num_pages=num_pages,
+                page_size=page_size,
+                max_model_len=12,
+                decode_buckets=(1, 2, 4, 8),
+                prefill_buckets=((1, 9), (2, 5), (4, 2)),
+            )
+        )
+
+    @rule(
+        number=st.integers(0, 7),
+        prompt=st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9),
+        max_tokens=st.integers(1, 8),
+        stop=st.frozensets(st.integers(0, MODEL.vocab_size - 1), max_size=4),
+    )
+    def add(self, number, prompt, max_tokens, stop):
+        request = make_request(f"r{number}", prompt, max_tokens, stop)
+        total = min(len(prompt) + max_tokens, 12) - 1
+        config = self.driver.config
+        too_large = -(-total // config.page_size) > config.num_pages
+        if request.request_id in self.driver.live or too_large:
+            with pytest.raises(ValueError, match=r"already held|num_pages"):
+                self.driver.scheduler.add(request)
+        else:
+            self.driver.add(request)
+
+    @rule(number=st.integers(0, 7))
+    def abort(self, number):
+        self.driver.abort(f"r{number}")
+
+    @precondition(lambda self: len(self.driver.in_flight) <= self.run_ahead)
+    @rule()
+    def schedule(self):
+        self.driver.schedule()
+
+    @precondition(lambda self: self.driver.in_flight)
+    @rule()
+    def update(self):
+        self.driver.update()
+
+    @invariant()
+    def counts(self):
+        self.driver.check_counts()
+
+    def teardown(self):
+        if hasattr(self, "driver"):
+            self.driver.finish()
+
+
+TestAnyTraffic = AnyTraffic.TestCase
+TestAnyTraffic.settings = settings(
+    deadline=None, max_examples=100, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def decode_plan(plan, microbatch=0):
+    return next(m for m in plan.microbatches if m.kind == "decode" and m.microbatch == microbatch)
+
+
+def test_a_request_from_prompt_to_end():
+    driver = Driver(make_config(microbatches=1))
+    driver.add(make_request("a", [5, 6, 7, 8, 9], max_tokens=3))
+    prefill = driver.schedule().microbatches[0]
+    first, second, third = driver.live["a"].alone
+    pages = prefill.block_tables[0, :2]
+    assert prefill.bucket == (2, 8)
+    assert prefill.tokens[0].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert prefill.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert prefill.slots[0].tolist() == [*(pages[0] * 4 + np.arange(4)), pages[1] * 4, 96, 96, 96]
+    assert prefill.logits_at.tolist() == [4, 0]
+
+    assert driver.schedule() is None, "its first token must be read before it decodes"
+    assert [event.token_id for event in driver.update()] == [first]
+    decode = decode_plan(driver.schedule())
+    assert (decode.tokens.tolist(), decode.feedback.tolist()) == ([[first]], [-1])
+    assert (decode.positions.tolist(), decode.context_lens.tolist()) == ([[5]], [5])
+    assert decode.slots.tolist() == [[pages[1] * 4 + 1]]
+
+    ahead = decode_plan(driver.schedule())
+    assert (ahead.tokens.tolist(), ahead.feedback.tolist()) == ([[0]], [0])
+    assert ahead.slots.tolist() == [[pages[1] * 4 + 2]]
+    assert driver.schedule() is None, "two steps are in flight"
+    assert [event.token_id for event in driver.update()] == [second]
+    assert driver.schedule() is None, "no token is planned beyond max_tokens"
+    (event,) = driver.update()
+    assert (event.token_id, event.finish_reason) == (third, "length")
+    driver.finish()
+
+
+def test_without_run_ahead_tokens_come_from_the_host():
+    driver = Driver(make_config())
+    driver.add(make_request("a"))
+    driver.schedule()
+    driver.update()
+    for token in driver.live["a"].alone[:3]:
+        plan = decode_plan(driver.schedule())
+        assert (plan.tokens.tolist(), plan.feedback.tolist()) == ([[token]], [-1])
+        driver.update()
+    driver.finish()
+
+
+def test_rows_move_up_and_feedback_follows_them():
+    driver = Driver(make_config(microbatches=1, num_pages=64))
+    for name in "abcd":
+        driver.add(make_request(name, max_tokens=9))
+    driver.schedule()
+    driver.update()
+    driver.schedule()
+    driver.abort("b")
+    plan = decode_plan(driver.schedule())
+    assert plan.request_ids == ("a", "c", "d")
+    assert plan.feedback.tolist() == [0, 2, 3, -1]
+    driver.finish()
+
+
+def test_the_overrun_token_is_dropped_and_its_pages_wait():
+    driver = Driver(make_config(microbatches=1))
+    stop = MODEL.generate([1, 2, 3], 2)[1]
+    driver.add(make_request("a", [1, 2, 3], max_tokens=8, stop=[stop]))
+    driver.schedule()
+    driver.update()
+    driver.schedule()
+    driver.schedule()
+    (event,) = driver.update()
+    assert (event.token_id, event.finish_reason) == (stop, "stop")
+    assert driver.scheduler.pages.num_used == 3
+    assert driver.scheduler.has_work
+    assert driver.update() == []
+    assert driver.scheduler.pages.num_used == 0
+    driver.finish()
+
+
+def test_an_aborted_request_waits_for_its_step_and_its_id_is_free_at_once():
+    driver = Driver(make_config())
+    driver.add(make_request("a"))
+    driver.schedule()
+    driver.abort("a")
+    driver.abort("a")
+    assert driver.scheduler.pages.num_used == 2
+    driver.add(make_request("a", [9, 9]))
+    assert driver.update() == []
+    assert driver.scheduler.pages.num_used == 0
+    driver.finish()
+
+
+def test_requests_enter_the_emptiest_microbatch():
+    driver = Driver(make_config(num_pages=64))
+    for name in "abcd":
+        driver.add(make_request(name))
+    driver.schedule()
+    driver.update()
+    plan = driver.schedule()
+    assert [m.request_ids for m in plan.microbatches] == [("a", "c"), ("b", "d")]
+    driver.finish()
+
+
+def test_prefill_joins_the_decode_microbatches():
+    driver = Driver(make_config())
+    driver.add(make_request("a", max_tokens=8))
+    driver.schedule()
+    driver.update()
+    driver.add(make_request("b"))
+    plan = driver.schedule()
+    assert [(m.kind, m.microbatch, m.request_ids) for m in plan.microbatches] == [
+        ("decode", 0, ("a",)),
+        ("prefill", 2, ("b",)),
+    ]
+    driver.finish()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bucket", "served"),
+    [
+        ([3], (1, 12), 1),  # fewest tokens for one prompt
+        ([4, 4, 4, 4, 4], (4, 4), 4),  # four share them
+        ([3, 3], (4, 4), 2),  # as many tokens as (2, 8) in shorter rows
+        ([4, 5, 4], (2, 8), 2),  # the second prompt ends the shortest rows
+        ([8, 3, 3], (2, 8), 2),
+        ([9, 1], (1, 12), 1),
+    ],
+)
+def test_the_prefill_bucket_wastes_least_and_keeps_the_order(lengths, bucket, served):
+    config = make_config(num_pages=99, max_num_seqs=8, prefill_buckets=((1, 12), (2, 8), (4, 4)))
+    driver = Driver(config)
+    for name, length in enumerate(lengths):
+        driver.add(make_request(str(name), range(length)))
+    plan = driver.schedule().microbatches[-1]
+    assert (plan.bucket, len(plan.request_ids)) == (bucket, served)
+    driver.finish()
+
+
+def test_a_short_request_does_not_overtake_a_large_one():
+    driver = Driver(make_config(num_pages=6))
+    driver.add(make_request("small", max_tokens=2))
+    driver.add(make_request("large", range(10), max_tokens=12))
+    driver.add(make_request("late", max_tokens=2))
+    assert driver.schedule().microbatches[-1].request_ids == ("small",)
+    assert driver.scheduler.num_waiting == 2
+    driver.finish()
+
+
+def test_seats_are_respected():
+    driver = Driver(make_config(max_num_seqs=3, num_pages=64))
+    for name in "abcde":
+        driver.add(make_request(name))
+    assert driver.schedule().microbatches[-1].request_ids == ("a", "b", "c")
+    assert (driver.scheduler.num_running, driver.scheduler.num_waiting) == (3, 2)
+    driver.finish()
+
+
+def test_the_continuation_is_clipped_to_max_model_len():
+    driver = Driver(make_config(max_model_len=6))
+    driver.add(make_request("a", [1, 2, 3], max_tokens=100))
+    driver.finish()
+    assert len(driver.clients[0].tokens) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_", "message"),
+    [
+        ({}, make_request("x", []), "the prompt is empty"),
+        ({"max_model_len": 3}, make_request("x"), "3 tokens .* max_model_len=3"),
+        ({}, make_request("x", range(17)), "17 tokens, max_prefill_tokens=16"),
+        ({"num_pages": 1}, make_request("x"), "3 prompt tokens and 4 new ones need 2 pages.* num_pages=1 "),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(changes, request_, message):
+    scheduler = Scheduler(make_config(**changes))
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(request_)
+    assert not scheduler.has_work
+
+
+def test_an_id_in_use_is_refused():
+    scheduler = Scheduler(make_config())
+    scheduler.add(make_request("x"))
+    with pytest.raises(ValueError, match="'x' is already held"):
+        scheduler.add(make_request("x"))
+
+
+def test_plans_are_updated_in_order_and_in_shape():
+    driver = Driver(make_config())
+    driver.add(make_request("a"))
+    driver.schedule()
+    driver.update()
+    first, second = driver.schedule(), driver.schedule()
+    with pytest.raises(ValueError, match=r"step 2 is not the oldest in flight \(\[1, 2\]\)"):
+        driver.scheduler.update(second, [np.zeros(1, np.int32)])
+    for tokens in ([], [np.zeros(2, np.int32)], [np.zeros(1, np.float32)]):
+        with pytest.raises(ValueError, match="step 1 needs tokens of shapes"):
+            driver.scheduler.update(first, tokens)
+    driver.finish()
+    with pytest.raises(ValueError, match="not the oldest"):
+        driver.scheduler.update(first, [np.zeros(1, np.int32)])
+
+
+def test_lost_pages_are_noticed():
+    scheduler = Scheduler(make_config())
+    scheduler.check_idle()
+    scheduler.pages.allocate(2)
+    with pytest.raises(RuntimeError, match="idle but 2 of 24 pages"):
+        scheduler.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pages": 0}, "num_pages must be at least 1"),
+        ({"page_size": 2**31}, "does not fit int32"),
+        ({"decode_buckets": ()}, "decode_buckets must be"),
+        ({"decode_buckets": (4, 2)}, "decode_buckets must be"),
+        ({"decode_buckets": (1,)}, "no room for 2 rows"),
+        ({"prefill_buckets": ()}, "prefill_buckets must be"),
+        ({"prefill_buckets": ((1, 0),)}, "prefill_buckets must be"),
+    ],
+)
+def test_a_limit_that_cannot_be_obeyed_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+def test_the_host_half_of_the_engine_loads_no_jax():
+    code = (
+        "import sys, lamina_jax.engine.scheduler, lamina_jax.engine.pipeline, lamina_jax.testing;"
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
