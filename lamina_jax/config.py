@@ -28,7 +28,8 @@ class EngineConfig:
             min(max_model_len, 1024).
         page_size: tokens per KV page.
         num_pages: pages of the KV pool; None sizes it from `memory_fraction`.
-        memory_fraction: share of each memory device that weights, temporaries and pages may fill.
+        memory_fraction: share of the memory devices that weights and pages may fill; None takes 0.9 of
+            an accelerator and 0.4 of a host's free memory.
         microbatches: 1, 2 (the double buffer) or "auto".
         overlap: "on" sends q before k and v are computed (paper 4.2.2), "off" sends all at once.
         compute_devices, memory_devices: "cpu:0", "cpu:1-2", "gpu:0,1", ...; None chooses.
@@ -42,7 +43,7 @@ class EngineConfig:
     max_prefill_tokens: int | None = None
     page_size: int = 64
     num_pages: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float | None = None
     microbatches: Literal["auto", 1, 2] = "auto"
     overlap: Literal["auto", "on", "off"] = "auto"
     compute_devices: str | None = None
@@ -57,7 +58,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
 
 

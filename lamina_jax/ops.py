@@ -145,7 +145,9 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | N
         )
     tokens, num_heads, head_dim = q.shape
     if k.shape[0] != tokens or k.shape[2] != head_dim:
-        raise ValueError(f"q{list(q.shape)} and k{list(k.shape)} differ in tokens (axis 0) or head_dim (axis 2)")
+        raise ValueError(
+            f"q{list(q.shape)} and k{list(k.shape)} differ in tokens (axis 0) or head_dim (axis 2)"
+        )
     if num_heads % k.shape[1]:
         raise ValueError(f"{num_heads} query heads are not a multiple of {k.shape[1]} KV heads")
     if sinks is not None and sinks.shape != (num_heads,):

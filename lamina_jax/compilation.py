@@ -1,0 +1,66 @@
+"""Compiling before ready: every program is compiled ahead of time, in parallel, and counted."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+
+Job = tuple[str, Callable[[], None]]
+"""A program to be compiled: its name, and the call that compiles it."""
+
+
+class Compilation:
+    """A function compiled once for given shapes, then called without tracing.
+
+    Args:
+        function: pure, of pytrees of arrays.
+        inputs: its arguments as ShapeDtypeStructs with shardings.
+        donate: which arguments are given up.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], donate: tuple[int, ...] = ()
+    ) -> None:
+        self._function, self._inputs, self._donate = function, inputs, donate
+        self.compiled: Any = None
+
+    def compile(self) -> None:
+        """Lower and compile; may run in any thread."""
+        self.compiled = jax.jit(self._function, donate_argnums=self._donate).lower(*self._inputs).compile()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+
+def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None:
+    """Compile in as many threads as there are cores; `report(done, total)` after each program."""
+    waiting = list(jobs)
+    report(0, len(waiting))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(compile_one) for _, compile_one in waiting]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                report(done, len(waiting))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class CompilationCounter:
+    """Counts the compilations of this process from when it is made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            with self._lock:
+                self.count += 1

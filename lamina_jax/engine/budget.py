@@ -1,0 +1,90 @@
+"""How many KV pages there are, from the memory of the devices that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from lamina_jax.config import ConfigError, EngineConfig
+from lamina_jax.devices import Devices
+from lamina_jax.pool.geometry import CacheGeometry
+
+ACCELERATOR_FRACTION = 0.9
+HOST_FRACTION = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes over a whole mesh, and the pages that they allow."""
+
+    num_pages: int
+    page_bytes: int
+    weight_bytes: int
+    available_bytes: int
+    memory_fraction: float
+    weights_share_memory: bool
+
+    def table(self, page_size: int) -> str:
+        """The budget as lines to print; sizes in MiB."""
+        rows = [
+            ("memory of the cache's devices", self.available_bytes),
+            (
+                f"usable (memory_fraction={self.memory_fraction:g})",
+                int(self.available_bytes * self.memory_fraction),
+            ),
+            ("weights" + ("" if self.weights_share_memory else " (on other devices)"), self.weight_bytes),
+            (f"KV cache: {self.num_pages} pages of {page_size} tokens", self.num_pages * self.page_bytes),
+        ]
+        return "\n".join(f"{name:<52}{size / 2**20:>12,.1f} MiB" for name, size in rows)
+
+
+def plan_budget(
+    config: EngineConfig, geometry: CacheGeometry, devices: Devices, *, weight_bytes: int, max_model_len: int
+) -> Budget:
+    """As many pages as the memory allows, but no more than all sequences at full length need.
+
+    Raises:
+        ConfigError: not even one request of full length fits; the text names what to change.
+    """
+    fraction = config.memory_fraction
+    on_host = devices.memory[0].platform == "cpu"
+    if fraction is None:
+        fraction = HOST_FRACTION if on_host else ACCELERATOR_FRACTION
+    available = _host_memory() if on_host else sum(_device_memory(device) for device in devices.memory)
+    # Weights that are loaded already are gone from a host's free memory, but not from a device's limit.
+    shared = on_host or bool(set(devices.compute) & set(devices.memory))
+    usable = int(available * fraction) - (weight_bytes if shared else 0)
+    per_request = -(-max_model_len // geometry.page_size)
+    wanted = config.num_pages or min(config.max_num_seqs * per_request, usable // geometry.bytes_per_page)
+    if config.num_pages is None and wanted < per_request:
+        raise ConfigError(
+            f"a request of max_model_len={max_model_len} tokens needs {per_request} KV pages "
+            f"({per_request * geometry.bytes_per_page / 2**20:,.0f} MiB), and memory_fraction={fraction:g} leaves "
+            f"{max(usable, 0) / 2**20:,.0f} MiB: lower max_model_len, raise memory_fraction or set num_pages"
+        )
+    return Budget(
+        num_pages=wanted,
+        page_bytes=geometry.bytes_per_page,
+        weight_bytes=weight_bytes,
+        available_bytes=available,
+        memory_fraction=fraction,
+        weights_share_memory=shared,
+    )
+
+
+def _device_memory(device: jax.Device) -> int:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError(f"{device} does not say how much memory it has: set num_pages")
+    return int(stats["bytes_limit"])
+
+
+def _host_memory() -> int:
+    """Bytes of main memory that are free to use."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        raise ConfigError("cannot tell how much memory this machine has: set num_pages") from None

@@ -1,0 +1,186 @@
+"""From a configuration to an engine that is ready: devices, weights, slices, pages, programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lamina_jax.compilation import CompilationCounter, Job, compile_all
+from lamina_jax.config import ConfigError, EngineConfig
+from lamina_jax.devices import Devices, choose_devices
+from lamina_jax.engine.budget import plan_budget
+from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket
+from lamina_jax.engine.collocated import CollocatedRunner
+from lamina_jax.engine.compute import ComputeSide, step_shapes
+from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.engine import Engine
+from lamina_jax.engine.limits import Limits, resolve_limits
+from lamina_jax.engine.runner import ModelRunner
+from lamina_jax.engine.scheduler import Scheduler
+from lamina_jax.exchange.local import LocalExchange
+from lamina_jax.models import ModelConfig, Storage, as_function, build
+from lamina_jax.models.hf_config import CheckpointError, read_config
+from lamina_jax.pool.geometry import CacheGeometry, head_ranges
+from lamina_jax.pool.shard import AttentionKind, AttentionShard
+from lamina_jax.slicing import Sliced, slice_at_attention
+from lamina_jax.weights.loader import TensorSpec, load_model
+from lamina_jax.weights.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int], None]
+"""`report(phase, done, total)` while an engine starts; total is 0 where it is not known."""
+
+TENSOR_AXES = {"vocab", "mlp", "heads", "kv_heads"}
+"""Logical axes that are sharded over the compute mesh's axis "tensor"; the others are replicated."""
+
+
+def build_engine(config: EngineConfig, report: Report = lambda phase, done, total: None) -> Engine:
+    """Load, slice, place and compile a model.
+
+    Raises:
+        ConfigError: a setting that cannot be obeyed.
+        CheckpointError: a folder that cannot be loaded; raised before anything is.
+    """
+    folder = find_model(config.model)
+    shape = read_config(folder)
+    disaggregated = config.placement == "disaggregated"
+    devices = choose_devices(
+        config.compute_devices,
+        config.memory_devices,
+        disaggregated=disaggregated,
+        num_kv_heads=shape.num_kv_heads,
+    )
+    limits = resolve_limits(config, shape.max_position, share_silicon=devices.share_silicon)
+    mesh = Mesh(np.array(devices.compute), ("tensor",))
+    report("loading weights", 0, 0)
+    model = build(shape, _storage(config, shape, devices))
+    load_model(folder, model, lambda spec, array: jax.device_put(array, _sharding(spec, mesh)))
+    tokenizer = load_tokenizer(folder)
+
+    report("slicing", 0, 0)
+    fn, params = as_function(model)
+    sliced = slice_at_attention(fn, params, *step_shapes((SMALLEST_BATCH, 2)))
+    log.info("%s", sliced.explain())
+    geometry = CacheGeometry(
+        num_layers=shape.num_layers,
+        num_pages=0,
+        page_size=config.page_size,
+        num_kv_heads=shape.num_kv_heads,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        dtype=str(_storage(config, shape, devices).dtype),
+    )
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    budget = plan_budget(
+        config, geometry, devices, weight_bytes=weight_bytes, max_model_len=limits.max_model_len
+    )
+    log.info("memory budget\n%s", budget.table(config.page_size))
+    geometry = replace(geometry, num_pages=budget.num_pages)
+
+    parts = _disaggregated if disaggregated else _collocated
+    runner, pages, jobs = parts(sliced, params, geometry, mesh, devices, limits)
+    compile_all(jobs, lambda done, total: report("compiling", done, total))
+    return Engine(
+        Scheduler(limits.scheduler(budget.num_pages)),
+        runner,
+        tokenizer=tokenizer,
+        eos_token_ids=shape.eos_token_ids,
+        vocab_size=shape.vocab_size,
+        facts={
+            "placement": config.placement,
+            "microbatches": limits.microbatches,
+            "overlap": limits.overlap,
+            "max_model_len": limits.max_model_len,
+            "weight_devices": _devices_of(jax.tree.leaves(params)),
+            "page_devices": _devices_of(pages),
+        },
+        compilations=CompilationCounter(),
+    )
+
+
+def _disaggregated(
+    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, devices: Devices, limits: Limits
+) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
+    if len(devices.compute) > 1:
+        raise ConfigError(
+            f"compute_devices names {len(devices.compute)} devices: a disaggregated engine computes on one "
+            "for now (tensor parallelism is for placement=collocated)"
+        )
+    workers = len(devices.memory)
+    ranges = head_ranges(geometry.num_heads, geometry.num_kv_heads, workers)
+    for held, device in zip(ranges, devices.memory, strict=True):
+        log.info("%s holds KV heads %d-%d", device, held.kv_start, held.kv_stop - 1)
+    kinds = [AttentionKind(op.scale, op.softcap) for op in sliced.attentions]
+    windows = [op.window for op in sliced.attentions]
+    shards = [AttentionShard(geometry.share(workers), device, windows, kinds) for device in devices.memory]
+    place = NamedSharding(mesh, P())
+    compute = ComputeSide(sliced, params, place, ranges, limits.rows)
+    jobs: list[Job] = []
+    for bucket, cached in _buckets(limits):
+        jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
+        for shard in shards:
+            jobs += shard.jobs(bucket, limits.pages_per_request, cached=cached, overlap=limits.overlap)
+    runner = DisaggregatedRunner(compute, LocalExchange(shards, place), overlap=limits.overlap)
+    return runner, [pages for shard in shards for pages in shard.pages], jobs
+
+
+def _collocated(
+    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, devices: Devices, limits: Limits
+) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
+    if geometry.num_kv_heads % len(devices.compute):
+        raise ConfigError(
+            f"compute_devices names {len(devices.compute)} devices, which do not divide the model's "
+            f"{geometry.num_kv_heads} KV heads"
+        )
+    runner = CollocatedRunner(
+        sliced, params, geometry, mesh, rows=limits.rows, pages_per_request=limits.pages_per_request
+    )
+    jobs = [job for bucket, cached in _buckets(limits) for job in runner.jobs(bucket, cached=cached)]
+    return runner, runner.pages, jobs
+
+
+def _buckets(limits: Limits) -> list[tuple[Bucket, bool]]:
+    """Every (B, Q), and whether it has a cached part."""
+    decode = [((rows, 1), True) for rows in limits.decode_buckets]
+    return decode + [(bucket, False) for bucket in limits.prefill_buckets]
+
+
+def _devices_of(arrays: Sequence[jax.Array]) -> list[str]:
+    return sorted({str(device) for array in arrays for device in array.devices()})
+
+
+def _storage(config: EngineConfig, shape: ModelConfig, devices: Devices) -> Storage:
+    dtype = jnp.dtype(shape.dtype if config.dtype == "auto" else config.dtype)
+    on_cpu = devices.compute[0].platform == "cpu"
+    return Storage(dtype, "in_out" if on_cpu and dtype == jnp.float32 else "out_in")
+
+
+def _sharding(spec: TensorSpec, mesh: Mesh) -> NamedSharding:
+    """Over the axis "tensor" where the parameter has a logical axis for it that divides evenly."""
+    sharded = ["tensor" if axis in TENSOR_AXES else None for axis in spec.axes]
+    return NamedSharding(mesh, P(*sharded))
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: "bundled", or a path.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if name == "bundled":
+        return Path(str(resources.files("lamina_jax") / "data" / "bundled"))
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {name!r}: give a Hugging Face folder, or 'bundled'")
+    return folder

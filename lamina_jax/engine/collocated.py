@@ -1,0 +1,190 @@
+"""The collocated model: one program per step, attention and KV cache on the compute devices.
+
+Each attention is replaced in line by append, cached part over the old length, local part and merge.
+It is the baseline of every comparison, and a server in its own right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lamina_jax.compilation import Compilation, Job
+from lamina_jax.core import MicrobatchPlan, StepPlan
+from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
+from lamina_jax.engine.compute import step_shapes
+from lamina_jax.engine.programs import Arrays, feed_tokens, sample_greedy
+from lamina_jax.ops import Part, local_part, merge
+from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.shard import StepMetadata, storage_dtype
+from lamina_jax.slicing import Attention, Port, Sliced
+from pallas_kernels import append_kv, paged_attention
+
+
+class CollocatedRunner:
+    """Runs step plans as one program each; see `ModelRunner`.
+
+    Args:
+        sliced: the model function, cut; it says where the attentions are.
+        params: the weights, on `mesh`.
+        geometry: of the KV cache, which is sharded by KV head over the axis "tensor" of `mesh`.
+        rows: most rows of a microbatch.
+        pages_per_request: M, the width of a block table.
+    """
+
+    def __init__(
+        self,
+        sliced: Sliced,
+        params: Any,
+        geometry: CacheGeometry,
+        mesh: jax.sharding.Mesh,
+        *,
+        rows: int,
+        pages_per_request: int,
+    ) -> None:
+        self._sliced, self._params, self._geometry, self._mesh = sliced, params, geometry, mesh
+        self._rows, self._pages_per_request = rows, pages_per_request
+        self._replicated = NamedSharding(mesh, P())
+        self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
+        self._weights = tuple(jax.tree.leaves(params))
+        self.pages = self._zero_pages()
+        self._programs: dict[Bucket, Compilation] = {}
+        self._no_tokens = jax.device_put(np.zeros(rows, np.int32), self._replicated)
+        self._last: dict[int, jax.Array] = {}
+        self._steps, self._seconds = 0, 0.0
+
+    def dispatch(self, plan: StepPlan) -> list[tuple[MicrobatchPlan, jax.Array]]:
+        started = time.perf_counter()
+        sampled = [(batch, self._run(batch)) for batch in plan.microbatches]
+        self._steps += 1
+        self._seconds += time.perf_counter() - started
+        return sampled
+
+    def read(self, step: list[tuple[MicrobatchPlan, jax.Array]]) -> list[np.ndarray]:
+        return [np.asarray(sampled)[: batch.bucket[0]] for batch, sampled in step]
+
+    def stats(self) -> dict[str, Any]:
+        steps = max(self._steps, 1)
+        return {
+            "programs_per_step": 1.0,
+            "dispatch_microseconds_per_step": 1e6 * self._seconds / steps,
+            "wire_bytes_per_step": 0.0,
+            "wire_messages_per_step": 0.0,
+            "wire_metadata_bytes_per_step": 0.0,
+        }
+
+    def jobs(self, bucket: Bucket, *, cached: bool) -> Iterator[Job]:
+        """What compiles the program of one bucket: with a cached part or none."""
+        rows, queries = bucket
+
+        def struct(*dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, np.int32, sharding=self._replicated)
+
+        def like(array: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+        table = struct(rows, self._pages_per_request)
+        meta = StepMetadata(table, struct(rows), table, struct(*bucket), struct(*bucket))
+        step = partial(
+            _step,
+            self._sliced.at(self._params, *step_shapes(bucket)),
+            bucket,
+            self._attend if cached else None,
+            self._rows,
+        )
+        inputs = (
+            [like(pages) for pages in self.pages],
+            tuple(like(weight) for weight in self._weights),
+            struct(self._rows),
+            struct(rows),
+            struct(rows * queries),
+            struct(max(rows, SMALLEST_BATCH)),
+            meta,
+        )
+        self._programs[bucket] = Compilation(step, inputs, donate=(0,))
+        yield f"step {bucket}", self._programs[bucket].compile
+
+    def _run(self, plan: MicrobatchPlan) -> jax.Array:
+        meta = (plan.block_tables, plan.context_lens, plan.page_index, plan.positions, plan.slots)
+        host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), StepMetadata(*meta))
+        last = self._last.get(plan.microbatch, self._no_tokens)
+        program = self._programs[plan.bucket]
+        self.pages, sampled = program(
+            self.pages, self._weights, last, *jax.device_put(host, self._replicated)
+        )
+        if plan.kind == "decode":
+            self._last[plan.microbatch] = sampled
+        return sampled
+
+    def _zero_pages(self) -> list[jax.Array]:
+        g = self._geometry
+        shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
+        dtype = storage_dtype(g.dtype, self._mesh.devices.flat[0].platform)
+        zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self._by_head).lower().compile()
+        return [zeros() for _ in range(g.num_layers)]
+
+    def _attend(self, attention: Attention, q: jax.Array, pages: jax.Array, meta: StepMetadata) -> Part:
+        """The cached part of q[B, Q, N, H], each device for its own KV heads."""
+        kernel = partial(
+            paged_attention,
+            window=jnp.int32(attention.window),
+            scale=attention.scale,
+            softcap=attention.softcap,
+            dtype=self._geometry.dtype,
+            platform=self._mesh.devices.flat[0].platform,
+        )
+        by_head, whole = P(None, None, "tensor"), P()
+        return jax.shard_map(
+            lambda q, pages, meta: kernel(
+                q, pages, meta.block_tables, meta.context_lens, meta.page_index, meta.positions
+            ),
+            mesh=self._mesh,
+            in_specs=(by_head, by_head, whole),
+            out_specs=(by_head, by_head),
+            check_vma=False,
+        )(q, pages, meta)
+
+
+def _step(
+    sliced: Sliced,
+    bucket: Bucket,
+    attend: Callable[..., Part] | None,
+    rows: int,
+    pages: list[jax.Array],
+    weights: Arrays,
+    last: jax.Array,
+    feedback: jax.Array,
+    tokens: jax.Array,
+    logits_at: jax.Array,
+    meta: StepMetadata,
+) -> tuple[list[jax.Array], jax.Array]:
+    """The pages after the step, and the sampled tokens int32[rows]."""
+    if attend is not None:
+        tokens = feed_tokens(last, feedback, tokens)
+    arguments = (*weights, tokens, meta.positions.reshape(-1), logits_at)
+    values: dict[Port, jax.Array] = {Port("argument", i): array for i, array in enumerate(arguments)}
+    pages = list(pages)
+    for layer, attention in enumerate(sliced.attentions):
+        stage = sliced.slices[layer].fused
+        out = dict(zip(stage.outputs, stage.fn(*map(values.__getitem__, stage.inputs)), strict=True))
+        q, k, v = (x.reshape(*bucket, *x.shape[1:]) for x in (out[Port("q")], out[Port("k")], out[Port("v")]))
+        flat_k, flat_v = out[Port("k")], out[Port("v")]
+        pages[layer] = append_kv(pages[layer], flat_k, flat_v, meta.slots.reshape(-1))
+        window = jnp.int32(attention.window)
+        parts = [local_part(q, k, v, scale=attention.scale, window=window, softcap=attention.softcap)]
+        if attend is not None:
+            parts.append(attend(attention, q, pages[layer], meta))
+        o = merge(parts)[0].reshape(attention.o.shape).astype(attention.o.dtype)
+        values |= {port: value for port, value in out.items() if port.kind == "carried"}
+        values[Port("attention")] = o
+    last_stage = sliced.slices[-1].fused
+    (logits,) = last_stage.fn(*map(values.__getitem__, last_stage.inputs))
+    return pages, sample_greedy(logits, rows)

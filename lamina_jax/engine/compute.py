@@ -1,0 +1,194 @@
+"""The compute side: weights on the compute mesh, and the compiled slices of every bucket.
+
+It keeps no request state: what a slice computes is handed back to the decode loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from lamina_jax.compilation import Compilation, Job
+from lamina_jax.core import MicrobatchPlan
+from lamina_jax.engine import programs
+from lamina_jax.engine.buckets import Bucket, padded_rows
+from lamina_jax.engine.programs import Arrays, Form, Inputs, Shape
+from lamina_jax.pool.geometry import HeadRange
+from lamina_jax.slicing import Sliced, Stage
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled stage, and what it reads of the model function's arguments: weights, or (as an int)
+    one of the step's own."""
+
+    compilation: Compilation
+    arguments: tuple[Any, ...]
+
+    def __call__(self, step: Arrays, **inputs: Any) -> Any:
+        arguments = tuple([step[a] if type(a) is int else a for a in self.arguments])
+        return self.compilation(Inputs(arguments, **inputs))
+
+
+class ComputeSide:
+    """The model's slices over its weights.
+
+    Args:
+        sliced: the model function `fn(params, tokens[T], positions[T], logits_at[B]) -> logits[B, V]`.
+        params: its weights, on the compute mesh.
+        place: where activations live: replicated over the compute mesh.
+        ranges: which heads each memory worker holds.
+        rows: most rows of a microbatch.
+    """
+
+    def __init__(
+        self, sliced: Sliced, params: Any, place: Sharding, ranges: tuple[HeadRange, ...], rows: int
+    ) -> None:
+        self.num_slices, self.place = len(sliced.slices), place
+        self._sliced, self._params, self._ranges, self._rows = sliced, params, ranges, rows
+        self._weights = jax.tree.leaves(params)
+        self._windows = [jax.device_put(np.int32(op.window), place) for op in sliced.attentions]
+        self._compilations: dict[Hashable, Compilation] = {}
+        self._programs: dict[tuple[Bucket, int, Form], Program] = {}
+
+    # What a step does -------------------------------------------------------------------------------
+
+    def begin(self, plan: MicrobatchPlan, last: jax.Array) -> Arrays:
+        """The step's own arguments on the mesh: tokens[T], positions[T], logits_at[max(B, 4)].
+
+        `last` int32[rows]: what this microbatch's step before sampled.
+        """
+        host = (
+            plan.tokens.reshape(-1),
+            plan.positions.reshape(-1),
+            padded_rows(plan.logits_at),
+            plan.feedback,
+        )
+        tokens, positions, logits_at, feedback = jax.device_put(host, self.place)
+        if plan.kind == "decode":
+            tokens = self._compilations["feed", plan.bucket](last, feedback, tokens)
+        return tokens, positions, logits_at
+
+    def run(self, bucket: Bucket, index: int, form: Form, step: Arrays, **inputs: Any) -> Any:
+        """Queue slice `index` in one of its forms; see `lamina_jax.engine.programs` for what it returns."""
+        if form in ("rest", "whole"):
+            inputs["window"] = self._windows[index]
+        return self._programs[bucket, index, form](step, **inputs)
+
+    def sample(self, bucket: Bucket, logits: jax.Array) -> jax.Array:
+        """int32[rows]: the next token of each row."""
+        return self._compilations["sample", bucket](logits)
+
+    def no_tokens(self) -> jax.Array:
+        """`last` of a microbatch that has sampled nothing yet."""
+        return jax.device_put(np.zeros(self._rows, np.int32), self.place)
+
+    # Compilation ------------------------------------------------------------------------------------
+
+    def jobs(self, bucket: Bucket, *, cached: bool, overlap: bool) -> Iterator[Job]:
+        """What compiles the programs of one bucket: with a cached part or none, in two stages or one."""
+        sliced = self._sliced.at(self._params, *step_shapes(bucket))
+        shape = Shape(*bucket, self._ranges)
+        for index in range(self.num_slices):
+            for form in _forms(index == self.num_slices - 1, cached and overlap):
+                stage, function, inputs = self._describe(sliced, shape, index, form, cached)
+                arguments = self._arguments(stage)
+                key = (form, stage.key, shape, _hashable(inputs), tuple(type(a) is int for a in arguments))
+                yield from self._job(f"slice {index} ({form}) {bucket}", key, function, inputs)
+                self._programs[bucket, index, form] = Program(self._compilations[key], arguments)
+
+        (logits,) = sliced.slices[-1].fused.out_avals
+        sample = partial(programs.sample_greedy, size=self._rows)
+        yield from self._job(
+            f"sampler {bucket}", ("sample", bucket), sample, self._struct(logits.shape, logits.dtype)
+        )
+        if cached:
+            feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
+            yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)
+
+    def _job(self, name: str, key: Hashable, function: Callable[..., Any], *inputs: Any) -> Iterator[Job]:
+        if key not in self._compilations:
+            self._compilations[key] = Compilation(function, inputs)
+            yield name, self._compilations[key].compile
+
+    def _describe(
+        self, sliced: Sliced, shape: Shape, index: int, form: Form, cached: bool
+    ) -> tuple[Stage, Callable[..., Any], Inputs]:
+        """(the stage, the function around it, the shapes that this takes) of one program."""
+        piece = sliced.slices[index]
+        stage = {"query": piece.stages[0], "rest": piece.stages[-1]}.get(form, piece.fused)
+        fields: dict[str, Any] = {}
+        if index:
+            fields |= self._parts(sliced, shape, index - 1, cached)
+            fields["carried"] = tuple(self._struct(a.shape, a.dtype) for a in sliced.carried[index - 1])
+        if form == "last":
+            function: Callable[..., Any] = partial(programs.last_slice, stage)
+        elif form == "query":
+            function = partial(programs.query_stage, stage, shape)
+        else:
+            attention = sliced.attentions[index]
+            fields["window"] = self._struct((), np.int32)
+            if form == "whole":
+                function = partial(programs.whole_slice, stage, attention, shape, send_q=cached)
+            else:
+                function = partial(programs.rest_stage, stage, attention, shape)
+                fields["q"] = self._struct(shape.of(attention.q), attention.q.dtype)
+                fields["early"] = tuple(self._struct(a.shape, a.dtype) for a in piece.stages[0].out_avals[1:])
+        arguments = tuple(
+            self._struct(aval.shape, aval.dtype, self._sharding(port.index))
+            for port, aval in zip(stage.inputs, stage.in_avals, strict=True)
+            if port.kind == "argument"
+        )
+        return stage, function, Inputs(arguments, **fields)
+
+    def _parts(self, sliced: Sliced, shape: Shape, layer: int, cached: bool) -> dict[str, Any]:
+        """The shapes of the parts of attention `layer`."""
+        op = sliced.attentions[layer].q
+        rows, queries, heads, size = shape.of(op)
+
+        def part(heads: int, dtype: Any) -> tuple[Any, Any]:
+            return (
+                self._struct((rows, queries, heads, size), dtype),
+                self._struct((rows, queries, heads), np.float32),
+            )
+
+        parts = tuple(part(r.q_stop - r.q_start, op.dtype) for r in self._ranges) if cached else ()
+        return {"local": part(heads, np.float32), "cached": parts}
+
+    def _arguments(self, stage: Stage) -> tuple[Any, ...]:
+        """The weights that a stage reads and, as ints, the step's own arguments, in its order."""
+        indices = [port.index for port in stage.inputs if port.kind == "argument"]
+        count = len(self._weights)
+        return tuple(self._weights[i] if i < count else i - count for i in indices)
+
+    def _sharding(self, argument: int) -> Sharding:
+        return self._weights[argument].sharding if argument < len(self._weights) else self.place
+
+    def _struct(
+        self, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None = None
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.place)
+
+
+def step_shapes(bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of tokens, positions and logits_at in a step of B rows of Q tokens."""
+    rows, queries = bucket
+    sizes = (rows * queries, rows * queries, padded_rows(np.zeros(rows, np.int32)).size)
+    return tuple(jax.ShapeDtypeStruct((size,), np.int32) for size in sizes)
+
+
+def _forms(is_last: bool, overlap: bool) -> tuple[Form, ...]:
+    if is_last:
+        return ("last",)
+    return ("query", "rest") if overlap else ("whole",)
+
+
+def _hashable(tree: Any) -> Hashable:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(leaves)

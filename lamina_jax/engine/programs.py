@@ -1,0 +1,161 @@
+"""The compute side's programs: slices with merge at their head, and the local part behind k and v.
+
+The converter knows only the hole `o = attention(q, k, v)`. Here the hole gets its engine's reading:
+`o` is merged from the parts of the layer before, and k, v leave with the local part computed.
+A program takes its weights as arguments, so that like slices share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lamina_jax.ops import Part, local_part, merge
+from lamina_jax.pool.geometry import HeadRange
+from lamina_jax.slicing import Attention, Port, Stage
+
+Arrays = tuple[jax.Array, ...]
+
+Form = Literal["query", "rest", "whole", "last"]
+"""What a program is: a slice's stage 1, its stage 2, both in one, or the slice behind the last attention."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The static half of a program beside its stage: B rows of Q tokens, and who gets which heads."""
+
+    rows: int
+    queries: int
+    ranges: tuple[HeadRange, ...]
+
+    def of(self, x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        """The shape [B, Q, heads, H] of an x[T, heads, H]."""
+        return (self.rows, self.queries, *x.shape[1:])
+
+    def batched(self, x: jax.Array) -> jax.Array:
+        """[T, heads, H] as [B, Q, heads, H]."""
+        return x.reshape(self.rows, self.queries, *x.shape[1:])
+
+
+class Inputs(NamedTuple):
+    """What a compute program reads.
+
+    Attributes:
+        arguments: the leaves of the model function's arguments that the stage reads, in its order:
+            weights, and of the step tokens[T], positions[T], logits_at[B].
+        carried: what crossed the boundary before this slice.
+        local: the local part of the attention before; None in the first slice.
+        cached: each memory worker's cached part of it; empty where there is none.
+        early: what this slice's first stage left for its second.
+        q: this slice's q[B, Q, N, H], for its second stage.
+        window: int32 scalar, the window of the attention after.
+    """
+
+    arguments: Arrays
+    carried: Arrays = ()
+    local: Part | None = None
+    cached: tuple[Part, ...] = ()
+    early: Arrays = ()
+    q: jax.Array | None = None
+    window: jax.Array | None = None
+
+
+class QueryOutputs(NamedTuple):
+    """Of a first stage: q cut for the workers, q whole, and what else the second stage needs."""
+
+    sent: Arrays
+    q: jax.Array
+    early: Arrays
+
+
+class SliceOutputs(NamedTuple):
+    """Of a second stage or of a whole slice: what is sent, the local part, what is carried on."""
+
+    sent: Arrays
+    local: Part
+    carried: Arrays
+
+
+def query_stage(stage: Stage, shape: Shape, inputs: Inputs) -> QueryOutputs:
+    """Stage 1 of a slice: everything that q needs."""
+    q, *early = run_stage(stage, inputs)
+    q = shape.batched(q)
+    return QueryOutputs(_queries_of(q, shape.ranges), q, tuple(early))
+
+
+def rest_stage(stage: Stage, attention: Attention, shape: Shape, inputs: Inputs) -> SliceOutputs:
+    """Stage 2: k, v, the local part and the carry, computed while the cached part is away."""
+    k, v, *carried = run_stage(stage, inputs)
+    k, v = shape.batched(k), shape.batched(v)
+    local = local_part(inputs.q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
+    return SliceOutputs(_kv_of(k, v, shape.ranges), local, tuple(carried))
+
+
+def whole_slice(
+    stage: Stage, attention: Attention, shape: Shape, inputs: Inputs, *, send_q: bool
+) -> SliceOutputs:
+    """Both stages in one program; q leaves in one message with k and v, or not at all."""
+    q, k, v, *carried = run_stage(stage, inputs)
+    q, k, v = shape.batched(q), shape.batched(k), shape.batched(v)
+    local = local_part(q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
+    sent = _kv_of(k, v, shape.ranges)
+    if send_q:
+        queries = _queries_of(q, shape.ranges)
+        sent = tuple(jnp.concatenate(pair, axis=2) for pair in zip(queries, sent, strict=True))
+    return SliceOutputs(sent, local, tuple(carried))
+
+
+def last_slice(stage: Stage, inputs: Inputs) -> jax.Array:
+    """The model's output: logits f32[B, V]."""
+    (logits,) = run_stage(stage, inputs)
+    return logits
+
+
+def feed_tokens(last: jax.Array, feedback: jax.Array, tokens: jax.Array) -> jax.Array:
+    """tokens[B] of a decode step: the host's, or those that the step before sampled (`last`)."""
+    return jnp.where(feedback >= 0, last[jnp.maximum(feedback, 0)], tokens)
+
+
+def sample_greedy(logits: jax.Array, size: int) -> jax.Array:
+    """int32[size]: the best token of each row of logits[B, V], zeros behind them."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.zeros(size, jnp.int32).at[: best.shape[0]].set(best)
+
+
+def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
+    """Evaluate a stage over what its ports name."""
+    arguments = iter(inputs.arguments)
+
+    def value(port: Port, aval: jax.ShapeDtypeStruct) -> jax.Array:
+        match port.kind:
+            case "argument":
+                return next(arguments)
+            case "carried":
+                return inputs.carried[port.index]
+            case "attention":
+                return _merged(inputs).reshape(aval.shape).astype(aval.dtype)
+            case "stage1":  # output 0 of a first stage is q
+                return inputs.q.reshape(aval.shape) if port.index == 0 else inputs.early[port.index - 1]
+        raise AssertionError(f"a stage reads {port}")
+
+    return stage.fn(*map(value, stage.inputs, stage.in_avals))
+
+
+def _merged(inputs: Inputs) -> jax.Array:
+    """o f32[B, Q, N, H] of the attention before."""
+    parts = [inputs.local]
+    if inputs.cached:
+        parts.append(tuple(jnp.concatenate(pieces, axis=2) for pieces in zip(*inputs.cached, strict=True)))
+    return merge(parts)[0]
+
+
+def _queries_of(q: jax.Array, ranges: Sequence[HeadRange]) -> Arrays:
+    return tuple(q[:, :, r.q_start : r.q_stop] for r in ranges)
+
+
+def _kv_of(k: jax.Array, v: jax.Array, ranges: Sequence[HeadRange]) -> Arrays:
+    return tuple(jnp.concatenate([x[:, :, r.kv_start : r.kv_stop] for x in (k, v)], axis=2) for r in ranges)

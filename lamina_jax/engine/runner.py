@@ -1,0 +1,25 @@
+"""What the engine asks of whatever executes its steps."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from lamina_jax.core import StepPlan
+
+
+class ModelRunner(Protocol):
+    """Executes step plans in the order in which they are dispatched."""
+
+    def dispatch(self, plan: StepPlan) -> Any:
+        """Queue a step; returns at once, with what `read` takes."""
+        ...
+
+    def read(self, step: Any) -> list[np.ndarray]:
+        """Wait for a dispatched step: the sampled tokens int32[B] of each of its microbatches."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this runner, for `LLM.stats()`."""
+        ...

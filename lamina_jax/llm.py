@@ -1,0 +1,87 @@
+"""The library's front door: `LLM(model).generate(prompts)`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from lamina_jax.config import EngineConfig
+from lamina_jax.core import Request, RequestOutput, SamplingParams
+from lamina_jax.engine.build import build_engine
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model, loaded and compiled, with its layers and its attention placed as configured.
+
+    Args:
+        model: a Hugging Face folder, or "bundled".
+        settings: any field of `lamina_jax.config.EngineConfig`: placement, dtype, max_model_len,
+            max_num_seqs, memory_fraction, microbatches, overlap, compute_devices, memory_devices, ...
+
+    Raises:
+        ConfigError: a setting that cannot be obeyed.
+        CheckpointError: a folder that cannot be loaded.
+    """
+
+    def __init__(self, model: str = "bundled", **settings: Any) -> None:
+        self.config = EngineConfig(model=model, **settings)
+        self.engine = build_engine(self.config)
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the outputs in the order of the prompts.
+
+        Args:
+            prompts: one or several, each a string or a list of token ids.
+            sampling_params: one for all, or one for each.
+
+        Raises:
+            ValueError: a prompt that cannot be served; then none is.
+        """
+        requests = self._requests(_as_list(prompts), sampling_params)
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            while len(finished) < len(requests):
+                finished.update(
+                    (output.request_id, output) for output in self.engine.step() if output.finished
+                )
+        finally:
+            for request in requests:
+                if request.request_id not in finished:
+                    self.engine.abort(request.request_id)
+            while self.engine.has_work:
+                self.engine.step()
+        return [finished[request.request_id] for request in requests]
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine counts; see docs/stats.md."""
+        return self.engine.stats()
+
+    def _requests(
+        self, prompts: list[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(sampling)} sampling_params: give one, or one for each"
+            )
+        return [
+            self.engine.request(f"generate-{next(self._numbers)}", prompt, params)
+            for prompt, params in zip(prompts, sampling, strict=True)
+        ]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

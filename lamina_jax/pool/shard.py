@@ -1,0 +1,202 @@
+"""One memory device's share of the pool: its KV pages of every layer, and the programs over them.
+
+It appends k and v to pages and computes the cached part of attention. It has no weights, and it knows
+nothing of requests: a step tells it pages, slots and lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from lamina_jax.compilation import Compilation, Job
+from lamina_jax.core import MicrobatchPlan
+from lamina_jax.ops import Part
+from lamina_jax.pool.geometry import CacheGeometry
+from pallas_kernels import append_kv, paged_attention
+
+Bucket = tuple[int, int]
+
+
+class StepMetadata(NamedTuple):
+    """What a memory device is told once per microbatch and step; see `MicrobatchPlan` for the shapes."""
+
+    block_tables: jax.Array
+    context_lens: jax.Array
+    page_index: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+
+
+class AttentionKind(NamedTuple):
+    """The static half of an attention operator. Its window is an argument."""
+
+    scale: float
+    softcap: float | None
+
+
+class AttentionShard:
+    """KV pages of `geometry` (this device's share of the heads) on `device`.
+
+    Args:
+        geometry: the shape of this share.
+        device: where the pages live and the programs run.
+        windows: the attention window of each layer (`lamina_jax.ops.NO_WINDOW`: none).
+        kinds: scale and softcap of each layer's attention.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        device: jax.Device,
+        windows: Sequence[int],
+        kinds: Sequence[AttentionKind],
+    ) -> None:
+        self.geometry, self.device = geometry, device
+        self._kinds = kinds
+        self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
+        self._pages = _zero_pages(geometry, device)
+        self._programs: dict[tuple[str, Bucket, AttentionKind | None], Compilation] = {}
+
+    # What a step does -------------------------------------------------------------------------------
+
+    def begin(self, plan: MicrobatchPlan) -> StepMetadata:
+        """Bring a microbatch's metadata to the device."""
+        host = (plan.block_tables, plan.context_lens, plan.page_index, plan.positions, plan.slots)
+        return StepMetadata(*jax.device_put(host, self.device))
+
+    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: jax.Array) -> Part:
+        """The cached part of q[B, Q, N, H]: (o[B, Q, N, H] in q's dtype, lse f32[B, Q, N])."""
+        program = self._programs["attend", bucket, self._kinds[layer]]
+        return program(self._pages[layer], self._windows[layer], meta, q)
+
+    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: jax.Array) -> None:
+        """Keep kv[B, Q, 2K, H] (k's heads, then v's) in the pages that the step names."""
+        program = self._programs["append", bucket, None]
+        self._pages[layer] = program(self._pages[layer], meta.slots, kv)
+
+    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: jax.Array) -> Part:
+        """Both for one message qkv[B, Q, N + 2K, H]; the cached part does not see the new tokens."""
+        program = self._programs["both", bucket, self._kinds[layer]]
+        self._pages[layer], part = program(self._pages[layer], self._windows[layer], meta, qkv)
+        return part
+
+    # Compilation ------------------------------------------------------------------------------------
+
+    def jobs(self, bucket: Bucket, pages_per_request: int, *, cached: bool, overlap: bool) -> Iterator[Job]:
+        """What compiles the programs of one bucket: with a cached part or none, in two messages or one."""
+        names = {(False, False): ["append"], (True, True): ["append", "attend"], (True, False): ["both"]}
+        for name in names[cached, cached and overlap]:
+            for kind in [None] if name == "append" else dict.fromkeys(self._kinds):
+                if (name, bucket, kind) not in self._programs:
+                    compilation = self._compilation(name, bucket, kind, pages_per_request)
+                    self._programs[name, bucket, kind] = compilation
+                    yield f"{name} {bucket} on {self.device}", compilation.compile
+
+    def _compilation(
+        self, name: str, bucket: Bucket, kind: AttentionKind | None, pages_per_request: int
+    ) -> Compilation:
+        g, place = self.geometry, SingleDeviceSharding(self.device)
+
+        def struct(dims: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=place)
+
+        pages = struct(self._pages[0].shape, self._pages[0].dtype)
+        table = struct((bucket[0], pages_per_request))
+        meta = StepMetadata(
+            block_tables=table,
+            context_lens=struct(bucket[:1]),
+            page_index=table,
+            positions=struct(bucket),
+            slots=struct(bucket),
+        )
+        heads = {
+            "attend": g.num_heads,
+            "append": 2 * g.num_kv_heads,
+            "both": g.num_heads + 2 * g.num_kv_heads,
+        }
+        message = struct((*bucket, heads[name], g.head_dim), g.dtype)
+        if name == "append":
+            return Compilation(_append, (pages, meta.slots, message), donate=(0,))
+        cached_part = partial(_cached_part, kind=kind, dtype=g.dtype, platform=self.device.platform)
+        if name == "attend":
+            return Compilation(cached_part, (pages, struct(()), meta, message))
+        both = partial(_append_and_attend, num_heads=g.num_heads, cached_part=cached_part)
+        return Compilation(both, (pages, struct(()), meta, message), donate=(0,))
+
+    # What it holds ----------------------------------------------------------------------------------
+
+    @property
+    def pages(self) -> list[jax.Array]:
+        """The pages of each layer, [P, 2, K, p, H] as stored; for tests and for filling a cache."""
+        return self._pages
+
+    @pages.setter
+    def pages(self, pages: list[jax.Array]) -> None:
+        self._pages = pages
+
+
+def storage_dtype(dtype: str, platform: str) -> jnp.dtype:
+    """How pages are held: 16-bit floats as their bits on a CPU, where XLA gathers floats slowly."""
+    return jnp.dtype("uint16") if dtype == "bfloat16" and platform == "cpu" else jnp.dtype(dtype)
+
+
+def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
+    shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
+    dtype = storage_dtype(g.dtype, device.platform)
+    zeros = (
+        jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=SingleDeviceSharding(device)).lower().compile()
+    )
+    return [zeros() for _ in range(g.num_layers)]
+
+
+def _append(pages: jax.Array, slots: jax.Array, kv: jax.Array) -> jax.Array:
+    tokens = kv.reshape(-1, *kv.shape[2:])
+    k, v = jnp.split(tokens, 2, axis=1)
+    return append_kv(pages, k, v, slots.reshape(-1))
+
+
+def _cached_part(
+    pages: jax.Array,
+    window: jax.Array,
+    meta: StepMetadata,
+    q: jax.Array,
+    *,
+    kind: AttentionKind,
+    dtype: str,
+    platform: str,
+) -> Part:
+    o, lse = paged_attention(
+        q,
+        pages,
+        meta.block_tables,
+        meta.context_lens,
+        meta.page_index,
+        meta.positions,
+        window,
+        scale=kind.scale,
+        softcap=kind.softcap,
+        dtype=dtype,
+        platform=platform,
+    )
+    return o.astype(q.dtype), lse
+
+
+def _append_and_attend(
+    pages: jax.Array,
+    window: jax.Array,
+    meta: StepMetadata,
+    qkv: jax.Array,
+    *,
+    num_heads: int,
+    cached_part: Callable[..., Part],
+) -> tuple[jax.Array, Part]:
+    # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
+    # lie beyond context_lens, so the cached part does not see them.
+    pages = _append(pages, meta.slots, qkv[:, :, num_heads:])
+    return pages, cached_part(pages, window, meta, qkv[:, :, :num_heads])
