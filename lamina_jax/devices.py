@@ -45,7 +45,8 @@ def choose_devices(
             the KV heads.
     """
     workers = _memory_devices_for(os.cpu_count() or 1, num_kv_heads) if disaggregated else 1
-    _make_cpu_devices(max(1 + workers, _highest_cpu(compute) + 1, _highest_cpu(memory) + 1))
+    highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
+    _make_cpu_devices(max(1 + workers, highest + 1))
     found_compute = _parse("compute_devices", compute) if compute else tuple(jax.devices()[:1])
     if not disaggregated:
         if memory:
@@ -85,10 +86,10 @@ def _make_cpu_devices(count: int) -> None:
         log.info("JAX runs already, with %d devices: taking what there is", jax.device_count())
 
 
-def _highest_cpu(choice: str | None) -> int:
+def _highest_cpu(key: str, choice: str | None) -> int:
     if not choice or not choice.startswith("cpu:"):
         return -1
-    return max(_indices("", choice, choice.split(":", 1)[1]))
+    return max(_indices(key, choice, choice.removeprefix("cpu:")))
 
 
 def _parse(key: str, choice: str) -> tuple[jax.Device, ...]:

@@ -60,8 +60,9 @@ def plan_budget(
     if config.num_pages is None and wanted < per_request:
         raise ConfigError(
             f"a request of max_model_len={max_model_len} tokens needs {per_request} KV pages "
-            f"({per_request * geometry.bytes_per_page / 2**20:,.0f} MiB), and memory_fraction={fraction:g} leaves "
-            f"{max(usable, 0) / 2**20:,.0f} MiB: lower max_model_len, raise memory_fraction or set num_pages"
+            f"({per_request * geometry.bytes_per_page / 2**20:,.0f} MiB), and memory_fraction={fraction:g} "
+            f"leaves {max(usable, 0) / 2**20:,.0f} MiB: lower max_model_len, raise memory_fraction or set "
+            "num_pages"
         )
     return Budget(
         num_pages=wanted,

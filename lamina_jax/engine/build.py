@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from lamina_jax.compilation import CompilationCounter, Job, compile_all
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices, choose_devices
-from lamina_jax.engine.budget import plan_budget
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket
+from lamina_jax.engine.budget import plan_budget
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.compute import ComputeSide, step_shapes
 from lamina_jax.engine.disaggregated import DisaggregatedRunner

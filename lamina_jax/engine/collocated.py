@@ -81,6 +81,10 @@ class CollocatedRunner:
             "wire_metadata_bytes_per_step": 0.0,
         }
 
+    def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
+        """Replace the pages of every layer; for benchmarks that do not prefill."""
+        self.pages = list(map(fill, self.pages))
+
     def jobs(self, bucket: Bucket, *, cached: bool) -> Iterator[Job]:
         """What compiles the program of one bucket: with a cached part or none."""
         rows, queries = bucket

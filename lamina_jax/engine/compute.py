@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.engine import programs
-from lamina_jax.engine.buckets import Bucket, padded_rows
+from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.programs import Arrays, Form, Inputs, Shape
 from lamina_jax.pool.geometry import HeadRange
 from lamina_jax.slicing import Sliced, Stage
@@ -83,7 +83,7 @@ class ComputeSide:
 
     def sample(self, bucket: Bucket, logits: jax.Array) -> jax.Array:
         """int32[rows]: the next token of each row."""
-        return self._compilations["sample", bucket](logits)
+        return self._compilations["sample", max(bucket[0], SMALLEST_BATCH)](logits)
 
     def no_tokens(self) -> jax.Array:
         """`last` of a microbatch that has sampled nothing yet."""
@@ -105,9 +105,8 @@ class ComputeSide:
 
         (logits,) = sliced.slices[-1].fused.out_avals
         sample = partial(programs.sample_greedy, size=self._rows)
-        yield from self._job(
-            f"sampler {bucket}", ("sample", bucket), sample, self._struct(logits.shape, logits.dtype)
-        )
+        key = "sample", logits.shape[0]
+        yield from self._job(f"sampler {bucket}", key, sample, self._struct(logits.shape, logits.dtype))
         if cached:
             feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
             yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)

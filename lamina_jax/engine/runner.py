@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from lamina_jax.core import StepPlan
 
 
+@runtime_checkable
 class ModelRunner(Protocol):
     """Executes step plans in the order in which they are dispatched."""
 

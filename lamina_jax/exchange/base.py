@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -25,6 +25,7 @@ class WireCount:
         self.tensor_bytes += sum(array.nbytes for array in arrays)
 
 
+@runtime_checkable
 class StepExchange(Protocol):
     """One microbatch's step, as the compute side sees it. A tensor is a tuple: one array per memory
     worker, cut along its heads by `lamina_jax.pool.geometry.head_ranges`. B rows of Q new tokens.
@@ -50,6 +51,7 @@ class StepExchange(Protocol):
         ...
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """A way between the meshes."""
 

@@ -5,7 +5,7 @@ Every send queues the consumer's program behind the copy, so that the host is ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Sharding
@@ -17,7 +17,7 @@ from lamina_jax.pool.shard import AttentionShard, Bucket, StepMetadata
 
 
 class LocalExchange:
-    """Between the compute mesh (arrays come back as `compute` says) and the memory devices of `shards`, all of this process."""
+    """Between the compute mesh, where arrays come back placed as `compute` says, and `shards`."""
 
     def __init__(self, shards: Sequence[AttentionShard], compute: Sharding) -> None:
         self.shards, self.compute = tuple(shards), compute
@@ -27,6 +27,11 @@ class LocalExchange:
         metadata = [shard.begin(plan) for shard in self.shards]
         self.wire.metadata_bytes += sum(array.nbytes for meta in metadata for array in meta)
         return LocalStep(self, plan.bucket, metadata)
+
+    def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
+        """Replace the pages of every layer and device by `fill` of them."""
+        for shard in self.shards:
+            shard.pages = list(map(fill, shard.pages))
 
 
 class LocalStep:
