@@ -1,0 +1,11 @@
+"""Kernels over paged KV: a folder per kernel, with a plain-jnp reference and a reading per platform.
+
+Imports jax and nothing of lamina_jax.
+"""
+
+from __future__ import annotations
+
+from pallas_kernels.append_kv import append_kv
+from pallas_kernels.paged_attention import NO_PAGE, paged_attention
+
+__all__ = ["NO_PAGE", "append_kv", "paged_attention"]
