@@ -15,16 +15,19 @@ from lamina_jax.core import MicrobatchPlan, StepPlan
 
 @dataclass(frozen=True, kw_only=True)
 class FakeModel:
-    """A model without weights: the next token is a sum over all tokens so far.
+    """A model without weights: all tokens so far, as digits of a number, choose the next one.
 
-    Every cached token counts by its position, so reading a wrong page or a wrong length shows.
+    Each token counts by its place, so reading a wrong page or a wrong length shows.
     """
 
     vocab_size: int = 97
 
     def next_token(self, tokens: Sequence[int]) -> int:
-        """(1 + sum of (position + 1) * (token + 1)) mod V."""
-        return (1 + sum((i + 1) * (token + 1) for i, token in enumerate(tokens))) % self.vocab_size
+        """The number with the digits token + 1 in base 31, mod 10007, mod V."""
+        number = 0
+        for token in tokens:
+            number = (31 * number + token + 1) % 10007
+        return number % self.vocab_size
 
     def generate(self, prompt: Sequence[int], max_tokens: int, stop: Collection[int] = ()) -> list[int]:
         """The greedy continuation of one prompt on its own, the stop token included."""

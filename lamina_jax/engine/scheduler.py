@@ -110,14 +110,9 @@ class Scheduler:
         if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT:
             return None
         step = self._next_step
-        planned: list[tuple[MicrobatchPlan, tuple[LiveRequest, ...]]] = []
-        for rows in self._decode:
-            decode = rows.plan(step)
-            if decode is not None:
-                planned.append((decode, tuple(rows.requests)))
-        bucket, admitted = self._admit()
-        if admitted:
-            planned.append((plan_prefill(step, admitted, bucket, self.config), tuple(admitted)))
+        planned = [(decode, tuple(rows.requests)) for rows in self._decode if (decode := rows.plan(step))]
+        if prefill := self._admit(step):
+            planned.append(prefill)
         if not planned:
             return None
         microbatches, requests = zip(*planned, strict=True)
@@ -192,17 +187,18 @@ class Scheduler:
         """
         return self.pages.pages_for(prompt_len + max_tokens - 1)
 
-    def _admit(self) -> tuple[tuple[int, int], list[LiveRequest]]:
-        """Move the head of the queue into one prefill bucket, with pages; perhaps nobody."""
+    def _admit(self, step: int) -> tuple[MicrobatchPlan, tuple[LiveRequest, ...]] | None:
+        """Prefill the head of the queue in `step`, as many requests as one bucket serves."""
         admissible = self._admissible()
         if not admissible:
-            return (0, 0), []
+            return None
         lengths = [len(request.request.prompt_token_ids) for request in admissible]
         bucket, count = _choose_bucket(self.config.prefill_buckets, lengths)
-        for request in admissible[:count]:
+        admitted = tuple(admissible[:count])
+        for request in admitted:
             del self._waiting[request.request.request_id]
             request.pages = self.pages.allocate(request.num_pages)
-        return bucket, admissible[:count]
+        return plan_prefill(step, admitted, bucket, self.config), admitted
 
     def _admissible(self) -> list[LiveRequest]:
         """The requests from the head of the queue on that have seats and pages. Nobody overtakes."""

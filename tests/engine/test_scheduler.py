@@ -16,7 +16,7 @@ from lamina_jax.core import Request, SamplingParams, StepPlan
 from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
 from lamina_jax.testing import FakeModel, FakeRunner
 
-MODEL = FakeModel(vocab_size=23)
+MODEL = FakeModel(vocab_size=11)
 
 
 def make_config(**changes):
@@ -52,16 +52,21 @@ class Client:
 
 
 class Driver:
-    """A scheduler and a fake runner, with everything checked that must hold at every moment."""
+    """A scheduler and a fake runner, with everything checked that must hold at every moment.
 
-    def __init__(self, config):
+    A step is executed as late as it can be, just before its tokens are read: what happens to the
+    scheduler in between must not reach into plans in flight.
+    """
+
+    def __init__(self, config, *, run_ahead=1):
         self.config = config
+        self.run_ahead = run_ahead
         self.scheduler = Scheduler(config)
         self.runner = FakeRunner(MODEL, num_pages=config.num_pages, page_size=config.page_size)
         self.clients: list[Client] = []
         self.live: dict[str, Client] = {}
         self.queue: list[str] = []
-        self.in_flight: deque[tuple[StepPlan, list[np.ndarray], dict[int, Client]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, dict[int, Client]]] = deque()
 
     def add(self, request):
         self.scheduler.add(request)
@@ -80,21 +85,21 @@ class Driver:
             self.queue.remove(request_id)
 
     def schedule(self):
+        if len(self.in_flight) > self.run_ahead:
+            return None
         plan = self.scheduler.schedule()
         if plan is not None:
             assert plan.microbatches
-            assert len(self.in_flight) < 2
             for microbatch in plan.microbatches:
                 self.check_microbatch(microbatch)
             self.check_pages(plan)
-            self.in_flight.append((plan, self.runner.dispatch(plan), self.pages_named(plan)))
-        if len(self.in_flight) < 2:
-            self.check_head_of_queue(plan)
+            self.in_flight.append((plan, self.pages_named(plan)))
+        self.check_head_of_queue(plan)
         return plan
 
     def update(self):
-        plan, tokens, _ = self.in_flight.popleft()
-        events = self.scheduler.update(plan, self.runner.read(tokens))
+        plan, _ = self.in_flight.popleft()
+        events = self.scheduler.update(plan, self.runner.read(self.runner.dispatch(plan)))
         named = [request_id for microbatch in plan.microbatches for request_id in microbatch.request_ids]
         assert {event.request_id for event in events} <= set(named)
         for event in events:
@@ -105,16 +110,23 @@ class Driver:
                 del self.live[event.request_id]
         return events
 
+    def run_step(self):
+        """What an engine does: plan as far ahead as it may, then read the oldest step."""
+        while self.schedule() is not None:
+            pass
+        if self.in_flight:
+            self.update()
+        else:
+            assert not self.scheduler.has_work, "work is left, nothing is in flight and nothing is planned"
+
     def finish(self):
         """Run to the end, at most as many steps as there are tokens, and look at the whole story."""
         budget = 2 + sum(len(client.alone) + 1 for client in self.live.values())
         while self.scheduler.has_work:
-            if self.schedule() is None or len(self.in_flight) == 2:
-                assert self.in_flight, "work is left, nothing is in flight and nothing is planned"
-                self.update()
-                budget -= 1
-                assert budget >= 0, "the scheduler plans more steps than there are tokens"
-        assert self.schedule() is None
+            self.run_step()
+            budget -= 1
+            assert budget >= 0, "the scheduler plans more steps than there are tokens"
+        assert self.scheduler.schedule() is None
         for client in self.clients:
             if client.finish_reason == "abort":
                 assert client.tokens == client.alone[: len(client.tokens)]
@@ -145,7 +157,7 @@ class Driver:
         pages = self.pages_named(plan)
         assert len(set(request_ids)) == len(request_ids)
         assert len(pages) == sum(map(self.pages_needed, request_ids))
-        for _, _, named in self.in_flight:
+        for _, named in self.in_flight:
             for page, client in pages.items():
                 assert named.get(page, client) is client, f"page {page} is reused while a step names it"
 
@@ -213,7 +225,7 @@ class AnyTraffic(RuleBasedStateMachine):
         run_ahead=st.integers(0, 1),
     )
     def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead):
-        self.run_ahead = run_ahead
+        rows = -(-max_num_seqs // microbatches)
         self.driver = Driver(
             make_config(
                 microbatches=microbatches,
@@ -221,9 +233,10 @@ class AnyTraffic(RuleBasedStateMachine):
                 num_pages=num_pages,
                 page_size=page_size,
                 max_model_len=12,
-                decode_buckets=(1, 2, 4, 8),
+                decode_buckets=tuple(sorted({1, (rows + 1) // 2, rows})),
                 prefill_buckets=((1, 9), (2, 5), (4, 2)),
-            )
+            ),
+            run_ahead=run_ahead,
         )
 
     @rule(
@@ -247,7 +260,11 @@ class AnyTraffic(RuleBasedStateMachine):
     def abort(self, number):
         self.driver.abort(f"r{number}")
 
-    @precondition(lambda self: len(self.driver.in_flight) <= self.run_ahead)
+    @rule(steps=st.integers(1, 5))
+    def run(self, steps):
+        for _ in range(steps):
+            self.driver.run_step()
+
     @rule()
     def schedule(self):
         self.driver.schedule()
@@ -268,8 +285,34 @@ class AnyTraffic(RuleBasedStateMachine):
 
 TestAnyTraffic = AnyTraffic.TestCase
 TestAnyTraffic.settings = settings(
-    deadline=None, max_examples=100, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=60, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+@pytest.mark.parametrize("num_pages", [12, 60])
+def test_heavy_traffic(microbatches, run_ahead, num_pages):
+    """Full microbatches, whose rows change all the time; with 12 pages, requests wait for pages."""
+    random = np.random.default_rng([microbatches, run_ahead, num_pages])
+    config = make_config(
+        microbatches=microbatches,
+        num_pages=num_pages,
+        max_num_seqs=9,
+        decode_buckets=(2, -(-9 // microbatches)),
+    )
+    driver = Driver(config, run_ahead=run_ahead)
+    for number in range(40):
+        prompt = random.integers(MODEL.vocab_size, size=random.integers(1, 13)).tolist()
+        stop = random.integers(MODEL.vocab_size, size=2).tolist()
+        driver.add(make_request(f"r{number}", prompt, int(random.integers(1, 12)), stop))
+        if number > 12:
+            driver.run_step()
+            driver.check_counts()
+        if number % 5 == 0:
+            driver.schedule()
+            driver.abort(str(random.choice(sorted(driver.live))))
+    driver.finish()
 
 
 def decode_plan(plan, microbatch=0):
@@ -298,7 +341,6 @@ def test_a_request_from_prompt_to_end():
     ahead = decode_plan(driver.schedule())
     assert (ahead.tokens.tolist(), ahead.feedback.tolist()) == ([[0]], [0])
     assert ahead.slots.tolist() == [[pages[1] * 4 + 2]]
-    assert driver.schedule() is None, "two steps are in flight"
     assert [event.token_id for event in driver.update()] == [second]
     assert driver.schedule() is None, "no token is planned beyond max_tokens"
     (event,) = driver.update()
@@ -307,14 +349,33 @@ def test_a_request_from_prompt_to_end():
 
 
 def test_without_run_ahead_tokens_come_from_the_host():
-    driver = Driver(make_config())
-    driver.add(make_request("a"))
+    driver = Driver(make_config(microbatches=1), run_ahead=0)
+    driver.add(make_request("short", [4, 5], max_tokens=2))
+    driver.add(make_request("long", [1, 2, 3], max_tokens=4))
+    first, second = driver.live["short"].alone, driver.live["long"].alone
     driver.schedule()
     driver.update()
-    for token in driver.live["a"].alone[:3]:
+    for request_ids, tokens in [
+        (("short", "long"), [[first[0]], [second[0]]]),
+        (("long",), [[second[1]]]),
+        (("long",), [[second[2]]]),
+    ]:
         plan = decode_plan(driver.schedule())
-        assert (plan.tokens.tolist(), plan.feedback.tolist()) == ([[token]], [-1])
+        assert plan.request_ids == request_ids
+        assert plan.tokens.tolist() == tokens
+        assert (plan.feedback == -1).all()
         driver.update()
+    driver.finish()
+
+
+def test_never_more_than_two_steps_in_flight():
+    driver = Driver(make_config(), run_ahead=2)
+    driver.add(make_request("a", max_tokens=8))
+    driver.schedule()
+    driver.update()
+    assert driver.schedule()
+    assert driver.schedule()
+    assert driver.schedule() is None
     driver.finish()
 
 
@@ -370,6 +431,19 @@ def test_requests_enter_the_emptiest_microbatch():
     driver.update()
     plan = driver.schedule()
     assert [m.request_ids for m in plan.microbatches] == [("a", "c"), ("b", "d")]
+    driver.finish()
+
+
+def test_rows_that_have_ended_do_not_count_for_the_emptiest():
+    driver = Driver(make_config(num_pages=64))
+    for name, max_tokens in (("a", 2), ("b", 9), ("c", 2)):
+        driver.add(make_request(name, max_tokens=max_tokens))
+    driver.schedule()
+    driver.update()
+    driver.add(make_request("d"))
+    driver.schedule()
+    assert {event.request_id for event in driver.update() if event.finish_reason} == {"a", "c"}
+    assert [m.request_ids for m in driver.schedule().microbatches] == [("d",), ("b",)]
     driver.finish()
 
 
