@@ -41,15 +41,15 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None
     """Compile in as many threads as there are cores; `report(done, total)` after each program."""
     waiting = list(jobs)
     report(0, len(waiting))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         futures = [pool.submit(compile_one) for _, compile_one in waiting]
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                report(done, len(waiting))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            report(done, len(waiting))
+    finally:
+        # After an error, programs that are being compiled are not waited for: each can take minutes.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class CompilationCounter:
