@@ -5,6 +5,7 @@ Every key is obeyed or refused with a `ConfigError` that names it and says what 
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,45 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a model is offered over HTTP.
+
+    Args:
+        host: the address to listen on.
+        port: the port to listen on; 0 takes any free one and prints it.
+        drain_seconds: at SIGTERM or Ctrl-C, how long the running requests may take to end.
+        request_seconds: longest time that one request may take, its time in the queue included.
+        insecure: listen on an address that other machines reach, though there is no API key yet.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_seconds: float = 30.0
+    request_seconds: float = 600.0
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in 0 .. 65535, got {self.port}")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
+        if not 0 < self.request_seconds < float("inf"):
+            raise ConfigError(f"request_seconds must be a positive number, got {self.request_seconds}")
+        if not (_is_loopback(self.host) or self.insecure):
+            raise ConfigError(
+                f"host={self.host!r} can be reached from other machines, and there is no API key yet: "
+                "listen on 127.0.0.1, or say --insecure if everyone on that network may use the model"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
