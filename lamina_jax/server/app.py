@@ -1,0 +1,172 @@
+"""The routes: HTTP in, calls to the service, HTTP out. Knows nothing of threads or engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import lamina_jax
+from lamina_jax.server.call import Call
+from lamina_jax.server.errors import ApiError, as_api_error
+from lamina_jax.server.protocol import Answer, CompletionRequest
+from lamina_jax.server.service import RETRY_AFTER, Service
+
+MAX_BODY_BYTES = 10 * 2**20
+
+router = APIRouter()
+
+
+def create_app(service: Service) -> FastAPI:
+    """The web application over a service."""
+    app = FastAPI(title="lamina_jax", version=lamina_jax.__version__)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(_BodyLimit)
+    for kind in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _error_response)
+    return app
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process is alive, whether or not it can serve."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 once requests are taken; until then 503 with the phase of the start."""
+    service = _service(request)
+    if service.phase == "ready":
+        return JSONResponse(service.status())
+    return JSONResponse(service.status(), 503, headers=RETRY_AFTER)
+
+
+@router.get("/stats")
+async def stats(request: Request) -> Response:
+    """What the engine counts."""
+    service = _service(request)
+    service.require_ready()
+    return JSONResponse(await service.stats())
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The one model that is served."""
+    service = _service(request)
+    facts = service.require_ready()
+    model = {"id": service.model, "object": "model", "created": service.created, "owned_by": "lamina_jax"}
+    return JSONResponse({"object": "list", "data": [model | {"max_model_len": facts["max_model_len"]}]})
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue one or several prompts, at once or as server-sent events."""
+    service = _service(request)
+    service.require_ready()
+    if body.model != service.model:
+        message = f"the model {body.model!r} does not exist: this server serves {service.model!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    call = service.open(body.prompt, body.sampling)
+    answer = Answer(call.id, body)
+    with ExitStack() as owned:
+        owned.callback(service.close, call)
+        await _unless_gone(request, call.accepted())
+        if not body.stream:
+            return JSONResponse(await _unless_gone(request, _whole(call, answer)))
+        owned.pop_all()  # from here on the call is the stream's
+    return _EventStream(service, call, answer)
+
+
+async def _whole(call: Call, answer: Answer) -> dict[str, Any]:
+    async for index, output in call.outputs():
+        answer.take(index, output)
+    return answer.whole()
+
+
+class _EventStream(StreamingResponse):
+    """A call's outputs as server-sent events. However the response ends, the call is closed."""
+
+    def __init__(self, service: Service, call: Call, answer: Answer) -> None:
+        super().__init__(_events(call, answer), media_type="text/event-stream")
+        self._service, self._call = service, call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.close(self._call)
+
+
+async def _events(call: Call, answer: Answer) -> AsyncIterator[str]:
+    try:
+        async for index, output in call.outputs():
+            chunk = answer.chunk(index, output)
+            if chunk is not None:
+                yield _event(chunk)
+    except ApiError as error:
+        yield _event(error.body)
+        return
+    if answer.request.include_usage:
+        yield _event(answer.last_chunk())
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`, which is cancelled if the client closes its connection first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "the client has closed the connection")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _BodyLimit:
+    """Refuses a body that is larger than the limit, before it is in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+            return message
+
+        await self._app(scope, limited, send)
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _error_response(request: Request, error: Exception) -> Response:
+    answer = as_api_error(error)
+    return JSONResponse(answer.body, answer.status_code, headers=answer.headers)

@@ -1,0 +1,61 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+
+class ApiError(HTTPException):
+    """An answer with an error. `param` names the field at fault, `code` is for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error that ends a request: one of ours, a route that is not there, a body that does not fit."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors()[0])
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
+    return ApiError(500, "the server failed at this request; its log says why", code="internal_error")
+
+
+def _invalid(found: dict[str, Any]) -> ApiError:
+    """From what pydantic found first."""
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
+    param = found.get("ctx", {}).get("param") or ".".join(str(part) for part in found["loc"][1:])
+    if not param:
+        return ApiError(400, "the body must be a JSON object, sent with 'content-type: application/json'")
+    match found["type"]:
+        case "missing":
+            message = f"the field {param!r} is missing"
+        case "extra_forbidden":
+            message = f"unknown field {param!r}: leave it out"
+        case "not_supported":
+            message = found["msg"]
+        case _:
+            message = f"{param}: {found['msg']}, got {reprlib.repr(found['input'])}"
+    return ApiError(400, message, param=param)

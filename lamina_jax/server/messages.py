@@ -1,0 +1,109 @@
+"""What the server and the engine say to each other: plain data, so that they may be two processes.
+
+A call is one HTTP request; it has one engine request for each of its prompts, `request_id(call, index)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lamina_jax.core import RequestOutput, SamplingParams
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Continue these prompts: all of them, or none."""
+
+    call_id: str
+    prompts: list[Prompt]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End whatever still runs of a call with `count` prompts. No answer follows."""
+
+    call_id: str
+    count: int
+
+
+@dataclass(frozen=True)
+class AskStats:
+    """Answered by `Stats`."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the engine's loop."""
+
+
+Message = Submit | Abort | AskStats | Stop
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the engine's start is; `total` is 0 where it is not known."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine takes calls from now on."""
+
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Died:
+    """The engine will answer nothing any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Every prompt of a call waits or runs."""
+
+    call_id: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """No prompt of a call runs; `too_long` says that one does not fit the model's context."""
+
+    call_id: str
+    reason: str
+    too_long: bool
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The continuations that a step has changed, each as a whole."""
+
+    outputs: list[RequestOutput]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """`Engine.stats()`, between two steps."""
+
+    values: dict[str, Any]
+
+
+Event = Progress | Ready | Died | Accepted | Rejected | Outputs | Stats
+
+
+def request_id(call_id: str, index: int) -> str:
+    return f"{call_id}-{index}"
+
+
+def call_and_index(request_id: str) -> tuple[str, int]:
+    """The inverse of `request_id`."""
+    call_id, _, index = request_id.rpartition("-")
+    return call_id, int(index)

@@ -1,0 +1,146 @@
+"""The server's side of the engine: how far it is, and the calls that it works on.
+
+Everything here lives on one event loop; the engine is reached by messages alone. Knows nothing of HTTP
+beyond the errors that it answers with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from lamina_jax.core import SamplingParams
+from lamina_jax.server import messages
+from lamina_jax.server.call import Call
+from lamina_jax.server.errors import ApiError
+
+STATS_SECONDS = 10.0
+"""How long a step may take before `stats` gives up; the engine answers between two steps."""
+
+RETRY_AFTER = {"retry-after": "2"}
+
+
+class Service:
+    """What the routes ask.
+
+    Args:
+        model: the name under which the model is served.
+        send: gives the engine a message.
+        request_seconds: longest time that a call may take.
+    """
+
+    def __init__(
+        self, model: str, send: Callable[[messages.Message], None], *, request_seconds: float
+    ) -> None:
+        self.model, self.created = model, int(time.time())
+        self.progress = messages.Progress("starting", 0, 0)
+        self.facts: dict[str, Any] | None = None
+        self.error: str | None = None
+        self.draining = False
+        self._send, self._request_seconds = send, request_seconds
+        self._started = time.monotonic()
+        self._calls: dict[str, Call] = {}
+        self._stats_asked: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def phase(self) -> str:
+        """Of the start, and then "ready", "draining" or "failed"."""
+        if self.error is not None:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return self.progress.phase if self.facts is None else "ready"
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def status(self) -> dict[str, Any]:
+        """How far the server is, for `/ready`."""
+        status = {
+            "phase": self.phase,
+            "done": self.progress.done,
+            "total": self.progress.total,
+            "elapsed_s": round(self.elapsed_seconds, 3),
+        }
+        return status if self.error is None else status | {"error": self.error}
+
+    def require_ready(self) -> dict[str, Any]:
+        """What is known of the engine. Raises `ApiError` (503) while it takes no calls."""
+        if self.facts is None or self.phase != "ready":
+            why = "/ready tells when" if self.error is None else self.error
+            message = f"not ready: {self.phase} after {self.elapsed_seconds:.0f} s; {why}"
+            raise ApiError(503, message, code="not_ready", headers=RETRY_AFTER)
+        return self.facts
+
+    def open(self, prompts: list[messages.Prompt], sampling: SamplingParams) -> Call:
+        """Submit a call. Whoever opens it closes it."""
+        deadline = asyncio.get_running_loop().time() + self._request_seconds
+        call = Call(f"cmpl-{uuid.uuid4().hex}", len(prompts), deadline)
+        self._calls[call.id] = call
+        self._idle.clear()
+        self._send(messages.Submit(call.id, prompts, sampling))
+        return call
+
+    def close(self, call: Call) -> None:
+        """Forget a call; what still runs of it is aborted, and gives its pages back."""
+        if self._calls.pop(call.id, None) is None:
+            return
+        self._send(messages.Abort(call.id, call.count))
+        if not self._calls:
+            self._idle.set()
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters. Raises `ApiError` if it does not answer."""
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._stats_asked.append(answer)
+        self._send(messages.AskStats())
+        try:
+            return await asyncio.wait_for(answer, STATS_SECONDS)
+        except TimeoutError:
+            message = f"the engine has not answered for {STATS_SECONDS:.0f} s"
+            raise ApiError(504, message, code="timeout") from None
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new calls, give those that run some time to end, then end them with an error."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            self._fail_calls(ApiError(503, "the server is shutting down", code="shutting_down"))
+
+    def take(self, event: messages.Event) -> None:
+        """Bring an event of the engine to those that it concerns. A call that has gone is passed over."""
+        match event:
+            case messages.Progress():
+                self.progress = event
+            case messages.Ready(stats):
+                self.facts = stats
+            case messages.Died(reason):
+                self.error = reason
+                self._fail_calls(ApiError(500, f"the engine has died: {reason}", code="engine_died"))
+            case messages.Accepted(call_id) if call := self._calls.get(call_id):
+                call.accept()
+            case messages.Rejected(call_id, reason, too_long) if call := self._calls.get(call_id):
+                code = "context_length_exceeded" if too_long else None
+                call.fail(ApiError(400, reason, param="prompt", code=code))
+            case messages.Outputs(outputs):
+                for output in outputs:
+                    call_id, index = messages.call_and_index(output.request_id)
+                    if call := self._calls.get(call_id):
+                        call.put(index, output)
+            case messages.Stats(values):
+                answer = self._stats_asked.popleft()
+                if not answer.done():
+                    answer.set_result(values)
+
+    def _fail_calls(self, error: ApiError) -> None:
+        for call in self._calls.values():
+            call.fail(error)

@@ -1,0 +1,262 @@
+"""Starting, failing, dying, draining, and clients that leave."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_server import DEADLINE, NUM_PAGES, FakeEngine, Running, continuation, running, sse
+from fastapi.testclient import TestClient
+
+from lamina_jax.config import ServerConfig
+from lamina_jax.server.app import create_app
+from lamina_jax.server.engine_thread import StartError
+from lamina_jax.server.listener import ListenError, listen
+from lamina_jax.server.messages import Died, Ready
+from lamina_jax.server.service import Service
+
+Report = Callable[[str, int, int], None]
+
+
+def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Runs it beside the test; its result, once the thread has ended."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    return thread, results
+
+
+def pages_are_back(response: httpx.Response) -> bool:
+    stats = response.json()
+    return stats["pages_free"] == NUM_PAGES and not stats["requests_running"] + stats["requests_waiting"]
+
+
+def test_before_it_is_ready_it_says_how_far_it_is() -> None:
+    may_go_on = threading.Event()
+
+    def slow(report: Report) -> None:
+        report("loading weights", 0, 0)
+        report("compiling", 3, 24)
+        assert may_go_on.wait(DEADLINE)
+
+    with running(FakeEngine(before=slow).build, ready=False) as server:
+        assert server.client.get("/health").json() == {"status": "ok"}
+        status = server.wait_for("/ready", lambda response: response.json()["phase"] == "compiling")
+        assert status.status_code == 503
+        assert "retry-after" in status.headers
+        first = status.json()
+        assert (first["done"], first["total"]) == (3, 24)
+        assert server.client.get("/ready").json()["elapsed_s"] > first["elapsed_s"] > 0
+        for refused in (server.complete(), server.client.get("/v1/models"), server.client.get("/stats")):
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            assert refused.json()["error"]["code"] == "not_ready"
+            assert "compiling" in refused.json()["error"]["message"]
+        may_go_on.set()
+        server.wait_ready()
+        assert server.complete("a", max_tokens=2).json()["choices"][0]["text"] == continuation("a", 2)
+    assert server.code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (StartError("no such folder"), "error: no such folder\n"),
+        (RuntimeError("out of memory"), "error: RuntimeError: out of memory\n"),
+    ],
+)
+def test_a_start_that_fails(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(report: Report) -> None:
+        raise error
+
+    with running(FakeEngine(before=fail).build, ready=False) as server:
+        assert server.wait_ended() == 1
+    assert line in capsys.readouterr().err
+
+
+def test_stopping_while_it_starts_does_not_wait_for_the_start() -> None:
+    reported, may_end = threading.Event(), threading.Event()
+
+    def slow(report: Report) -> None:
+        reported.set()
+        may_end.wait(DEADLINE)
+        report("compiling", 1, 2)  # ends the start
+        raise AssertionError("the start went on")
+
+    with running(FakeEngine(before=slow).build, ready=False) as server:
+        assert reported.wait(DEADLINE)
+        started = time.monotonic()
+        server.server.stop()
+        assert server.wait_ended() == 0
+        assert not server.server.ended_cleanly
+        assert time.monotonic() - started < 5
+        may_end.set()
+
+
+def test_an_engine_that_dies_ends_its_requests_and_the_process() -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        thread, results = in_thread(lambda: server.complete("a", max_tokens=50))
+        assert fake.runner.reading.wait(DEADLINE)
+        fake.runner.fault = RuntimeError("device lost")
+        fake.runner.gate.set()
+        thread.join(DEADLINE)
+        (response,) = results
+        assert response.status_code == 500
+        assert_says_what_happened(response.json())
+        assert server.wait_ended() == 1
+
+
+def test_an_engine_that_dies_ends_a_stream_with_an_error() -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        body = {"model": "fake", "prompt": "a", "max_tokens": 50, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            fake.runner.fault = RuntimeError("device lost")
+            fake.runner.gate.set()
+            assert_says_what_happened(sse(response.read().decode())[-1])
+        assert server.wait_ended() == 1
+
+
+def assert_says_what_happened(body: dict[str, Any]) -> None:
+    assert body["error"]["type"] == "server_error"
+    assert "RuntimeError: device lost" in body["error"]["message"]
+
+
+def test_a_dead_engine_is_not_ready() -> None:
+    """As it is seen until the process has ended."""
+    service = Service("fake", lambda message: None, request_seconds=1.0)
+    service.take(Ready({"max_model_len": 8}))
+    assert service.phase == "ready"
+    service.take(Died("RuntimeError: device lost"))
+    response = TestClient(create_app(service)).get("/ready")
+    assert response.status_code == 503
+    assert response.json()["error"] == "RuntimeError: device lost"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b", "c", "d", "e", "f"]])
+def test_a_client_that_leaves_gives_its_pages_back(stream: bool, prompts: list[str]) -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        fake.runner.step_seconds = 0.02
+        body = {"model": "fake", "prompt": prompts, "max_tokens": 100, "stream": stream}
+        url = server.client.base_url.join("/v1/completions")
+        with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=0.3) as answer:
+            answer.read()
+        fake.runner.gate.set()
+        server.wait_for("/stats", pages_are_back)
+        stats = server.client.get("/stats").json()
+        assert stats["steps"] < 90, "the request went on after its client had left"
+        assert server.complete("a", max_tokens=3).json()["choices"][0]["text"] == continuation("a", 3)
+
+
+def test_a_stop_finishes_what_runs_and_takes_nothing_new() -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        thread, results = in_thread(lambda: server.complete("abc", max_tokens=20, stream=True))
+        assert fake.runner.reading.wait(DEADLINE)
+        server.server.stop()
+        server.wait_for("/ready", lambda response: response.json()["phase"] == "draining")
+        refused = server.complete()
+        assert refused.status_code == 503
+        assert "draining" in refused.json()["error"]["message"]
+        fake.runner.gate.set()
+        thread.join(DEADLINE)
+        chunks = sse(results[0].text)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == continuation("abc", 20)
+        assert server.wait_ended() == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_does_not_end_in_time_is_ended_with_an_error(stream: bool) -> None:
+    fake = FakeEngine()
+    with running(fake.build, drain_seconds=0.2) as server:
+        fake.runner.gate.clear()
+        thread, results = in_thread(lambda: server.complete("abc", max_tokens=20, stream=stream))
+        assert fake.runner.reading.wait(DEADLINE)
+        server.server.stop()
+        thread.join(DEADLINE)
+        body = sse(results[0].text)[-1] if stream else results[0].json()
+        assert body["error"]["code"] == "shutting_down"
+        fake.runner.gate.set()
+        assert server.wait_ended() == 0
+
+
+GATED_PROCESS = """
+import asyncio, sys
+from fake_server import FakeEngine, ServerConfig, listen
+from lamina_jax.server.lifecycle import Server
+fake = FakeEngine()
+fake.runner.gate.clear()
+config = ServerConfig(port=0)
+sys.exit(asyncio.run(Server(fake.build, "fake", config).run(listen(config))))
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", GATED_PROCESS], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    with process, process.stderr as printed:
+        url = re.search("http://[^,]+", printed.readline())[0]
+        while not printed.readline().startswith("ready: "):
+            assert process.poll() is None
+        body = {"model": "fake", "prompt": "a", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=DEADLINE):
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/ready", timeout=DEADLINE).json()["phase"] != "draining":
+                time.sleep(0.05)
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 1
+            assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_has_a_deadline(stream: bool) -> None:
+    fake = FakeEngine()
+    with running(fake.build, request_seconds=0.3) as server:
+        fake.runner.gate.clear()
+        response = server.complete("abc", max_tokens=20, stream=stream)
+        body = sse(response.text)[-1] if stream else response.json()
+        assert body["error"]["code"] == "timeout"
+        fake.runner.gate.set()
+        server.wait_for("/stats", pages_are_back)
+
+
+def test_the_engine_sleeps_when_it_has_nothing_to_do(fake: Running) -> None:
+    fake.complete("a")
+    engine = next(thread for thread in threading.enumerate() if thread.name == "engine")
+    before = time.pthread_getcpuclockid(engine.ident or 0)
+    used = time.clock_gettime(before)
+    time.sleep(0.3)
+    assert time.clock_gettime(before) - used < 0.05
+
+
+def test_a_port_in_use_names_the_port_and_the_flag() -> None:
+    with listen(ServerConfig(port=0)) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(ListenError, match=rf"port {port} on 127\.0\.0\.1 is in use.*--port"):
+            listen(ServerConfig(port=port))
+
+
+def test_a_host_that_is_not_here() -> None:
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1.*--host"):
+        listen(ServerConfig(host="192.0.2.1", port=0, insecure=True))
