@@ -5,7 +5,7 @@ Owns the order of the cuts and the minimum cut itself. Knows nothing of how a sl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from math import gcd
 
@@ -13,8 +13,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from lamina_jax.slicing.graph import INFINITE, Network, Region, is_cheap, network
-from lamina_jax.slicing.trace import Atom, Const, Program
+from lamina_jax.slicing.graph import CHEAP, INFINITE, Network, Region, network
+from lamina_jax.slicing.operators import Atom
+from lamina_jax.slicing.trace import Program
 
 _LIMIT = 2**30
 """Largest sum of capacities that is given to the solver, whose arithmetic is int32."""
@@ -42,11 +43,11 @@ def cut_program(program: Program) -> Cut:
     output of attention i - 1, so the cuts are nested whatever each of them chooses.
     """
     solved: dict[Network, Set[int]] = {}
-    levels = _levels(program)
+    lives = _lives(program)
     at_hand: tuple[int, ...] = ()
     carried, handed_on = [], []
     for i, attention in enumerate(program.attentions):
-        values = _minimum(program, _boundary_region(program, levels, i, at_hand), solved)
+        values = _minimum(program, _boundary_region(program, i, at_hand, lives), solved)
         handed_on.append(_minimum(program, _stage_region(program, i, at_hand, values), solved))
         carried.append(values)
         at_hand = (*values, *program.ops[attention].writes)
@@ -59,12 +60,9 @@ def min_cut(net: Network) -> Set[int]:
     Exact while the capacities divided by their greatest common divisor add up to less than 2^30.
     Beyond that they are rounded up to a unit of a 2^30th of their sum.
     """
-    tails, heads, capacities = (np.array(column, dtype=object) for column in zip(*net.edges, strict=True))
-    finite = capacities != INFINITE
-    capacities[finite] = _scaled([int(c) for c in capacities[finite]])
-    capacities[~finite] = int(capacities[finite].sum()) + 1
-    index = (tails.astype(np.int32), heads.astype(np.int32))
-    graph = csr_array((capacities.astype(np.int32), index), shape=(net.num_nodes, net.num_nodes))
+    tails, heads, capacities = zip(*net.edges, strict=True)
+    scaled = np.array(_scaled(capacities), np.int32)
+    graph = csr_array((scaled, (tails, heads)), shape=(net.num_nodes, net.num_nodes))
     residual = csr_array(graph - maximum_flow(graph, 0, 1).flow)
     residual.eliminate_zeros()
     reach_sink = breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False)
@@ -73,32 +71,28 @@ def min_cut(net: Network) -> Set[int]:
 
 def _minimum(program: Program, region: Region, solved: dict[Network, Set[int]]) -> tuple[int, ...]:
     """The values, in program order, that cross the region's minimum cut."""
-    net, numbers = network(program, region)
+    net, nodes = network(program, region)
     if not net.edges:
         return ()
     if net not in solved:
         solved[net] = min_cut(net)
     before = solved[net]
-
-    def computed_before(value: int, node: tuple[str, int]) -> bool:
-        return numbers.get(node) in before and numbers.get(("value", value)) not in before
-
-    crossing = [leaf for leaf in region.leaves if computed_before(leaf, ("source", 0))]
-    for i in region.ops:
-        crossing += [value for value in program.ops[i].writes if computed_before(value, ("op", i))]
-    return tuple(sorted(crossing))
+    crossing = {head for tail, head, _ in net.edges if tail in before and head not in before}
+    return tuple(sorted(value for _, value in (nodes[head] for head in crossing)))
 
 
-def _boundary_region(program: Program, levels: list[int], i: int, at_hand: tuple[int, ...]) -> Region:
+def _boundary_region(
+    program: Program, i: int, at_hand: tuple[int, ...], lives: dict[int, tuple[int, int]]
+) -> Region:
     """Behind boundary i: all that depends on attention i, every later attention, and the return."""
-    attention = program.attentions[i]
-    behind = [op for j, op in enumerate(program.ops) if levels[j] >= i and j != attention]
-    wanted = _values(atom for op in behind for atom in op.reads) | _values(program.outputs)
-    wanted -= _values(value for op in (*behind, program.ops[attention]) for value in op.writes)
-    operands = program.ops[attention].reads
-    required = {j for j in program.ancestors(operands, at_hand) if not is_cheap(program.ops[j])}
-    ops = program.ancestors([*operands, *wanted], at_hand)
-    return Region(ops=ops, leaves=at_hand, required=required, wanted=wanted)
+    operands = program.ops[program.attentions[i]].reads
+    wanted = {value for value, (born, last_read) in lives.items() if born < i <= last_read}
+    return Region(
+        ops=program.ancestors([*operands, *wanted], at_hand),
+        leaves=at_hand,
+        required=_costly(program, program.ancestors(operands, at_hand)),
+        wanted=wanted,
+    )
 
 
 def _stage_region(program: Program, i: int, at_hand: tuple[int, ...], carried: tuple[int, ...]) -> Region:
@@ -110,30 +104,36 @@ def _stage_region(program: Program, i: int, at_hand: tuple[int, ...], carried: t
     second = [k, v, *([] if sinks is None else [sinks]), *carried]
     ops = program.ancestors([q, window], at_hand)
     rest = set(program.ancestors(second, at_hand)).difference(ops)
-    wanted = _values(second) | _values(atom for j in rest for atom in program.ops[j].reads)
-    required = {j for j in ops if not is_cheap(program.ops[j])}
-    return Region(ops=ops, leaves=(), required=required, wanted=wanted)
+    wanted = {*second, *(atom for j in rest for atom in program.ops[j].reads)}
+    return Region(ops=ops, leaves=(), required=_costly(program, ops), wanted=wanted)
 
 
-def _levels(program: Program) -> list[int]:
-    """Of each operator: the last attention that it is or depends on; -1 for none."""
-    of_value: dict[int, int] = {}
-    levels = []
+def _costly(program: Program, ops: Iterable[int]) -> Set[int]:
+    return {j for j in ops if program.ops[j].name not in CHEAP}
+
+
+def _lives(program: Program) -> dict[int, tuple[int, int]]:
+    """Of each value: the last attention it depends on (-1: none), the last boundary it is read behind.
+
+    Behind boundary i lie the operators that depend on attention i or a later one, the later attentions
+    themselves, and the return.
+    """
+    born: dict[Atom, int] = {}
+    last_read: dict[Atom, int] = {}
+    attentions = {j: i for i, j in enumerate(program.attentions)}
     for j, op in enumerate(program.ops):
-        level = max((of_value.get(atom, -1) for atom in op.reads if not isinstance(atom, Const)), default=-1)
-        if op.is_attention:
-            level = program.attentions.index(j)
-        levels.append(level)
-        of_value.update(dict.fromkeys(op.writes, level))
-    return levels
+        level = max((born.get(atom, -1) for atom in op.reads), default=-1)
+        for atom in op.reads:
+            last_read[atom] = max(last_read.get(atom, -1), attentions.get(j, level + 1) - 1)
+        born.update(dict.fromkeys(op.writes, attentions.get(j, level)))
+    last_read |= dict.fromkeys(program.outputs, len(attentions))
+    return {value: (born[value], last_read.get(value, -1)) for op in program.ops for value in op.writes}
 
 
-def _scaled(capacities: list[int]) -> list[int]:
-    unit = gcd(*capacities) or 1
-    if sum(capacities) // unit >= _LIMIT:
-        unit = -(-sum(capacities) // _LIMIT)
-    return [-(-capacity // unit) for capacity in capacities]
-
-
-def _values(atoms: Iterable[Atom]) -> set[int]:
-    return {atom for atom in atoms if not isinstance(atom, Const)}
+def _scaled(capacities: Sequence[int]) -> list[int]:
+    finite = [capacity for capacity in capacities if capacity != INFINITE]
+    unit = gcd(*finite) or 1
+    if sum(finite) // unit >= _LIMIT:
+        unit = -(-sum(finite) // _LIMIT)
+    infinite = 1 + sum(-(-capacity // unit) for capacity in finite)
+    return [infinite if capacity == INFINITE else -(-capacity // unit) for capacity in capacities]

@@ -25,11 +25,12 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
-from lamina_jax.slicing.trace import Const, Op, Program
+from lamina_jax.slicing.operators import Atom, Const
+from lamina_jax.slicing.trace import Program
 
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
-    complex conj convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor
+    complex conj convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor
     ge gt imag integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter not
     optimization_barrier or population_count pow real reduce_precision rem round rsqrt select_n
     sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
@@ -60,13 +61,13 @@ class Region:
         ops: the operators in front of what lies behind the boundary for certain, in program order.
         leaves: values at hand that cost their bytes to carry and cannot be recomputed.
         required: costly operators that must run before the boundary.
-        wanted: values that are read behind it; what is not written in the region is ignored.
+        wanted: what is read behind it; only what is at hand or written in the region counts.
     """
 
     ops: Sequence[int]
     leaves: Sequence[int]
     required: Set[int]
-    wanted: Set[int]
+    wanted: Set[Atom]
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,8 @@ class Network:
     edges: tuple[tuple[int, int, int], ...]
 
 
-def is_cheap(op: Op) -> bool:
-    return op.name in CHEAP
-
-
-def num_bytes(program: Program, value: int) -> int:
-    aval = program.avals[value]
-    return prod(aval.shape) * aval.dtype.itemsize
-
-
-def network(program: Program, region: Region) -> tuple[Network, dict[Node, int]]:
-    """The part of the region's network that the source reaches, and the number of each node in it.
+def network(program: Program, region: Region) -> tuple[Network, list[Node]]:
+    """The part of the region's network that the source reaches, and what each of its nodes is.
 
     What the source does not reach is computed from arguments alone and can wait: it lies behind.
     Nodes are numbered in program order, so that the network of every like layer is equal.
@@ -100,7 +92,7 @@ def network(program: Program, region: Region) -> tuple[Network, dict[Node, int]]
         if tail in reached:
             tail_number = numbers.setdefault(tail, len(numbers))
             kept.append((tail_number, numbers.setdefault(head, len(numbers)), capacity))
-    return Network(len(numbers), tuple(kept)), numbers
+    return Network(len(numbers), tuple(kept)), list(numbers)
 
 
 def _edges(program: Program, region: Region) -> dict[tuple[Node, Node], int]:
@@ -108,7 +100,8 @@ def _edges(program: Program, region: Region) -> dict[tuple[Node, Node], int]:
     nearest: dict[int, frozenset[int]] = {}  # of each value: the costly operators it hangs on
 
     def add_value(tail: Node, value: int) -> None:
-        edges[tail, ("value", value)] = num_bytes(program, value)
+        aval = program.avals[value]
+        edges[tail, ("value", value)] = prod(aval.shape) * aval.dtype.itemsize
         if value in region.wanted:
             edges[("value", value), SINK] = INFINITE
 
@@ -126,7 +119,7 @@ def _edges(program: Program, region: Region) -> dict[tuple[Node, Node], int]:
         for ancestor in sorted(costly_ancestors):
             edges[node, ("op", ancestor)] = INFINITE
         for value in op.writes:
-            nearest[value] = costly_ancestors if is_cheap(op) else frozenset([i])
+            nearest[value] = costly_ancestors if op.name in CHEAP else frozenset([i])
             add_value(node, value)
     return edges
 

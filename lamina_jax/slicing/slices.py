@@ -17,8 +17,9 @@ import numpy as np
 from lamina_jax.ops import attention
 from lamina_jax.slicing.cut import Cut, cut_program
 from lamina_jax.slicing.explain import table
+from lamina_jax.slicing.operators import Atom, Const
 from lamina_jax.slicing.stages import Attention, Port, Slice, StageFn, build_stage
-from lamina_jax.slicing.trace import Atom, Const, Program, struct, trace
+from lamina_jax.slicing.trace import Program, struct, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,6 @@ def _check_same_operators(reference: Program, other: Program) -> None:
         "they are wired differently" if found is None else f"operator {place} is {found[1]}, was {found[0]}"
     )
     raise ValueError(
-        f"at these shapes the function calls other operators than the ones that were cut: {where}. JAX "
-        "leaves out the broadcast of an axis of size 1: keep such axes above 1 (pad the tokens), or cut "
-        "these shapes on their own with slice_at_attention"
+        f"at these shapes the function calls other operators than those that were cut: {where}; cut it "
+        "at these shapes on its own with slice_at_attention"
     )

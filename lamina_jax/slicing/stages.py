@@ -6,17 +6,14 @@ are found equal. Knows nothing of cuts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.extend import core as jex_core
 
-from lamina_jax.slicing.trace import Atom, Const, Op, Program, evaluate, flatten, struct
+from lamina_jax.slicing.operators import Atom, Const, canonical
+from lamina_jax.slicing.trace import Program, evaluate, struct
 
 StageFn = Callable[..., tuple[jax.Array, ...]]
 
@@ -125,7 +122,7 @@ def build_stage(
     in_avals = tuple(struct(program.avals[value]) for value in used)
     any_leaf = tuple(Port("argument") if port.kind == "argument" else port for port in inputs)
     ports = (any_leaf, tuple(port for port, _ in outputs))
-    key = (ports, in_avals, _canonical(ops, used, wanted, program.avals))
+    key = (ports, in_avals, canonical(ops, used, wanted))
 
     def run(*arrays: Any) -> tuple[jax.Array, ...]:
         return evaluate(ops, dict(zip(used, arrays, strict=True)), wanted)
@@ -139,60 +136,3 @@ def build_stage(
         operators=tuple(op.name for op in ops),
         key=key,
     )
-
-
-def _canonical(
-    ops: Sequence[Op], inputs: Sequence[int], outputs: Sequence[Atom], avals: Sequence[Any]
-) -> Hashable:
-    """The operators with values numbered by first appearance: equal for equal programs."""
-    numbers = {value: number for number, value in enumerate(inputs)}
-
-    def canonical_atom(atom: Atom) -> Hashable:
-        return _digest(atom) if isinstance(atom, Const) else numbers[atom]
-
-    rows: list[Hashable] = []
-    for op in ops:
-        reads = tuple(map(canonical_atom, op.reads))
-        for value in op.writes:
-            numbers[value] = len(numbers)
-        context = (op.eqn.ctx.compute_type, op.eqn.ctx.cur_abstract_mesh, op.eqn.ctx.xla_metadata)
-        written = tuple(avals[value] for value in op.writes)
-        rows.append((op.eqn.primitive, _frozen(op.eqn.params), _frozen(context), reads, written))
-    return (*rows, tuple(map(canonical_atom, outputs)))
-
-
-def _frozen(value: Any) -> Hashable:
-    """A parameter of an operator in hashable form: equal by value where its type allows it.
-
-    A type that compares by identity makes unlike what could be one program, never the other way round.
-    """
-    kind = type(value).__name__
-    if isinstance(value, jex_core.Jaxpr | jex_core.ClosedJaxpr):
-        avals, ops, outputs = flatten(value)
-        num_args = len(getattr(value, "jaxpr", value).invars)
-        return kind, tuple(avals[:num_args]), _canonical(ops, range(num_args), outputs, avals)
-    if isinstance(value, np.ndarray | jax.Array):
-        return kind, _digest(Const(value, jax.typeof(value)))
-    if isinstance(value, Mapping):
-        return kind, tuple((name, _frozen(value[name])) for name in sorted(value, key=str))
-    if isinstance(value, tuple | list):
-        return kind, tuple(map(_frozen, value))
-    try:
-        hash(value)
-    except TypeError:
-        return kind, _Identity(value)
-    return kind, value
-
-
-@dataclass(frozen=True, eq=False)
-class _Identity:
-    """Keeps an unhashable value alive and stands for it: equal to itself only."""
-
-    value: Any
-
-
-def _digest(const: Const) -> Hashable:
-    value, dtype = const.value, const.aval.dtype
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    return const.aval, hashlib.sha256(np.asarray(value).tobytes()).hexdigest()

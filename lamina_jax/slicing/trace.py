@@ -1,7 +1,7 @@
 """From a JAX function to a flat program: one list of operators, nothing nested, nothing dead.
 
-Owns reading jaxprs: tracing, inlining, finding the attention operators, refusing what cannot be cut,
-and evaluating a list of operators again. Knows nothing of costs, cuts or slices.
+Owns tracing, who reads what, where the attentions are, and evaluating a list of operators again.
+Knows nothing of costs, cuts or slices.
 """
 
 from __future__ import annotations
@@ -14,51 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 
-from lamina_jax.ops import attention_p
-
-_INLINED = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-"""Calls that mean their body, and the parameter that holds it. Derivative rules are dropped: the
-slices are for inference."""
-
-
-@dataclass(frozen=True, eq=False)
-class Const:
-    """A literal or an array that the function closes over: known when it is traced."""
-
-    value: Any
-    aval: jax.core.ShapedArray
-
-
-Atom = int | Const
-"""What an operator reads: a value of the program, by number, or a constant."""
-
-
-@dataclass(frozen=True, eq=False)
-class Op:
-    """One operator: `eqn` says what it does, `reads` and `writes` to which values of the program."""
-
-    eqn: jex_core.JaxprEqn
-    reads: tuple[Atom, ...]
-    writes: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.eqn.primitive.name
-
-    @property
-    def is_attention(self) -> bool:
-        return self.eqn.primitive is attention_p
+from lamina_jax.slicing.operators import Atom, Const, Op, flatten
 
 
 class Operands(NamedTuple):
@@ -165,55 +122,6 @@ def evaluate(ops: Sequence[Op], known: Mapping[int, Any], wanted: Sequence[Atom]
         env.update(zip(op.writes, out if eqn.primitive.multiple_results else (out,), strict=True))
     return tuple(
         jnp.asarray(atom.value, atom.aval.dtype) if isinstance(atom, Const) else env[atom] for atom in wanted
-    )
-
-
-def flatten(jaxpr: Any) -> tuple[list[jax.core.ShapedArray], list[Op], list[Atom]]:
-    """A jaxpr, open or closed, as (avals of its values, operators, outputs) with nothing nested."""
-    avals = [var.aval for var in getattr(jaxpr, "jaxpr", jaxpr).invars]
-    ops: list[Op] = []
-    outputs = _append(jaxpr, list(range(len(avals))), ops, avals)
-    return avals, ops, outputs
-
-
-def _append(jaxpr: Any, args: Sequence[Atom], ops: list[Op], avals: list[Any]) -> list[Atom]:
-    """Append the operators of `jaxpr` and of the calls inside it; returns its outputs."""
-    consts = getattr(jaxpr, "consts", ())
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    env: dict[jex_core.Var, Atom] = dict(zip(jaxpr.invars, args, strict=True))
-    for var, value in zip(jaxpr.constvars, consts, strict=True):
-        env[var] = Const(value, var.aval)
-
-    def read(atom: jex_core.Var | jex_core.Literal) -> Atom:
-        return Const(atom.val, jax.typeof(atom.val)) if isinstance(atom, jex_core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        reads = [read(atom) for atom in eqn.invars]
-        writes: Sequence[Atom]
-        if eqn.primitive.name in _INLINED:
-            writes = _append(eqn.params[_INLINED[eqn.primitive.name]], reads, ops, avals)
-        else:
-            _refuse_attention_inside(eqn)
-            numbers = range(len(avals), len(avals) + len(eqn.outvars))
-            avals.extend(var.aval for var in eqn.outvars)
-            ops.append(Op(eqn, tuple(reads), tuple(numbers)))
-            writes = numbers
-        env.update(zip(eqn.outvars, writes, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _refuse_attention_inside(eqn: jex_core.JaxprEqn) -> None:
-    if any(_has_attention(jaxpr) for jaxpr in jex_core.jaxprs_in_params(eqn.params)):
-        raise ValueError(
-            f"attention inside {eqn.primitive.name!r} cannot be sliced: one program would be cut at an "
-            "operator that runs several times, or perhaps not at all; write a Python loop over layers"
-        )
-
-
-def _has_attention(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive is attention_p or any(map(_has_attention, jex_core.jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
     )
 
 

@@ -31,7 +31,7 @@ def sliced_and_program(steps) -> tuple[Sliced, Program]:
     return slice_at_attention(fn, *recipe_args()), trace(fn, recipe_args())
 
 
-@quietly(max_examples=60)
+@quietly(max_examples=50)
 @given(recipes())
 def test_no_valid_cut_carries_fewer_bytes(steps):
     sliced, program = sliced_and_program(steps)
@@ -44,7 +44,7 @@ def test_no_valid_cut_carries_fewer_bytes(steps):
         at_hand = {*carried, *program.ops[program.attentions[i]].writes}
 
 
-@quietly(max_examples=60)
+@quietly(max_examples=50)
 @given(recipes(max_ops=20, max_attentions=4))
 def test_every_costly_operator_runs_once(steps):
     sliced, program = sliced_and_program(steps)
@@ -56,7 +56,7 @@ def test_every_costly_operator_runs_once(steps):
         assert "lamina_attention" not in ran
 
 
-@quietly(max_examples=25)
+@quietly(max_examples=15)
 @given(recipes(max_ops=14, max_attentions=3))
 def test_slices_compose_to_the_function_bit_for_bit(steps):
     fn, args = partial(run_recipe, steps), recipe_args()
@@ -65,7 +65,7 @@ def test_slices_compose_to_the_function_bit_for_bit(steps):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@quietly(max_examples=12)
+@quietly(max_examples=10)
 @given(recipes(max_ops=10))
 def test_jitted_stages_and_fused_slices_compute_the_function(steps):
     fn, args = partial(run_recipe, steps), recipe_args()
