@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from reference import make_case
 from safetensors.torch import load_file, save_file
 
@@ -111,7 +110,6 @@ def make_all(fixtures: Path) -> None:
 
 
 if __name__ == "__main__":
-    transformers.utils.logging.disable_progress_bar()
     # One thread gives the same sums on every machine, and on a small model is the fastest.
     torch.set_num_threads(1)
     make_all(FIXTURES)

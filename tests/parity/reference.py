@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 LENGTHS = (3, 17, 70, 130)
 LAST_POSITIONS = 4
 NEW_TOKENS = 64
+transformers.utils.logging.disable_progress_bar()
+
 CLEAR_GAP = 2e-3
 """Seeds are tried until every choice is clearer than what a comparison may call a tie, 1e-3."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forward import Forward, assert_close
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 ROPES = st.one_of(
@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parity
 @pytest.mark.timeout(600)
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking would take minutes
 @given(config=configs(), seed=st.integers(0, 2**16))
 def test_any_small_model(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], seed: int) -> None:
     import torch
