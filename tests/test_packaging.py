@@ -72,13 +72,18 @@ def test_every_tracked_file_of_the_packages_is_in(wheel: Path) -> None:
 
 
 def test_the_wheel_works_from_an_empty_directory(python: Path, tmp_path: Path) -> None:
-    code = """
-import jax.numpy as jnp
+    """The library's front door: a model of the fixtures, decoded across two meshes."""
+    case = ROOT / "tests" / "fixtures" / "parity" / "llama_theta"
+    code = f"""
 import lamina_jax
-q = jnp.ones((3, 4, 8)); k = jnp.ones((3, 2, 8))
-o = lamina_jax.attention(q, k, 2 * k, scale=0.5)
-print(lamina_jax.__file__, o.shape, float(o.min()), float(o.max()))
+llm = lamina_jax.LLM({str(case)!r}, max_model_len=32, max_num_seqs=1, num_pages=4)
+(output,) = llm.generate([1, 2, 3], lamina_jax.SamplingParams(max_tokens=2, ignore_eos=True))
+print(len(output.outputs[0].token_ids), lamina_jax.__file__)
 """
-    file, *result = run(python, "-c", code, cwd=tmp_path).split(maxsplit=1)
+    count, file = run(python, "-c", code, cwd=tmp_path).split(maxsplit=1)
+    assert count == "2"
     assert not Path(file).is_relative_to(ROOT)
-    assert result == ["(3, 4, 8) 2.0 2.0\n"]
+
+
+def test_the_commands_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
+    assert "--max-num-seqs" in run(python, "-m", "lamina_jax.serve", "--help", cwd=tmp_path)
