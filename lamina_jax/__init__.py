@@ -30,10 +30,20 @@ _HOME = {
     "slice_at_attention": "lamina_jax.slicing",
 }
 
-__all__ = ["LLM", "ConfigError", "RequestOutput", "SamplingParams", "attention", "merge", "slice_at_attention"]
+__all__ = [
+    "LLM",
+    "ConfigError",
+    "RequestOutput",
+    "SamplingParams",
+    "attention",
+    "merge",
+    "slice_at_attention",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'lamina_jax' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+        raise AttributeError(
+            f"module 'lamina_jax' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
+        )
     return getattr(importlib.import_module(_HOME[name]), name)

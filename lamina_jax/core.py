@@ -83,8 +83,9 @@ class MicrobatchPlan:
         positions: int32[B, Q]: position of each new token in its request.
         context_lens: int32[B]: cached tokens of the request before this step.
         block_tables: int32[B, M]: page ids in order; unused places hold 0 and are never read.
-        page_index: int32[B, M]: the place of each of those pages in its request (0, 1, 2, ... where
-            one worker holds the whole request).
+        page_index: int32[B, M]: the place of each of those pages in its request: 0, 1, 2, ... M - 1 where
+            one worker holds the whole request. It increases along a row; a place that holds no page lies
+            at or beyond the context.
         slots: int32[B, Q]: page * p + offset where each new token's k and v are kept; padding holds
             num_pages * p, which is out of range and dropped.
         logits_at: int32[B]: index into T of the token whose logits choose the row's next token.

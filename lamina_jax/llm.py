@@ -63,7 +63,13 @@ class LLM:
         return [finished[request.request_id] for request in requests]
 
     def stats(self) -> dict[str, Any]:
-        """What the engine counts; see docs/stats.md."""
+        """What the engine counts.
+
+        Requests running and waiting; pages free, used and in all; steps; host time per step and of it
+        the dispatch; programs, wire bytes and messages per step (step metadata apart); compilations after
+        ready; and the facts of the start: placement, microbatches, overlap, the devices that hold weights
+        and those that hold pages.
+        """
         return self.engine.stats()
 
     def _requests(

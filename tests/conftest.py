@@ -5,7 +5,10 @@ The settings are made before jax is imported, because its backend reads them onc
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 VIRTUAL_DEVICES = 8
 
@@ -21,6 +24,12 @@ def _prepare_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
     os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    # Engines of the same shape are compiled once per session, by the processes that tests start, too.
+    cache = tempfile.mkdtemp(prefix="lamina-test-cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
 _prepare_jax()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -71,6 +72,7 @@ def test_derivative_agrees_with_differences() -> None:
     sinks = jnp.linspace(-1.0, 1.0, 4, dtype=jnp.float32)
 
     def loss(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        q, k, v, sinks = map(jnp.asarray, (q, k, v, sinks))
         return jnp.sum(jnp.sin(attention(q, k, v, scale=0.5, window=3, sinks=sinks)))
 
     check_grads(loss, (q, k, v, sinks), order=1, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2)
@@ -116,7 +118,7 @@ def test_merging_parts_of_the_keys_is_attention_over_all(seed: int, cuts: list[i
     values = rng.normal(size=(12, 5))
     bounds = [0, *sorted(cuts), 12]
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         part = scores[..., start:stop]
         peak = part.max(axis=-1, initial=-np.inf, keepdims=True)
         weights = np.exp(part - np.where(np.isfinite(peak), peak, 0))

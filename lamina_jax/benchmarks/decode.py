@@ -115,7 +115,7 @@ def _cell(
     finally:
         for column in columns:
             column.process.kill()
-            column.process.wait()
+            column.process.communicate()
     return [_summary(column) for column in columns]
 
 

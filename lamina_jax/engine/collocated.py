@@ -24,7 +24,7 @@ from lamina_jax.engine.compute import step_shapes
 from lamina_jax.engine.programs import Arrays, feed_tokens, sample_greedy
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import CacheGeometry
-from lamina_jax.pool.shard import StepMetadata, storage_dtype
+from lamina_jax.pool.shard import StepMetadata, kernel_platform, storage_dtype
 from lamina_jax.slicing import Attention, Port, Sliced
 from pallas_kernels import append_kv, paged_attention
 
@@ -143,7 +143,7 @@ class CollocatedRunner:
             scale=attention.scale,
             softcap=attention.softcap,
             dtype=self._geometry.dtype,
-            platform=self._mesh.devices.flat[0].platform,
+            platform=kernel_platform(self._geometry, self._mesh.devices.flat[0].platform),
         )
         by_head, whole = P(None, None, "tensor"), P()
         return jax.shard_map(

@@ -63,7 +63,9 @@ class Linear(nnx.Module):
             transpose=turned,
         )
         self.bias = (
-            param((outputs,), storage.dtype, axes=axes[1:], name=f"{name}.bias", init="zeros") if bias else None
+            param((outputs,), storage.dtype, axes=axes[1:], name=f"{name}.bias", init="zeros")
+            if bias
+            else None
         )
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:

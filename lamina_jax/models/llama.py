@@ -99,4 +99,3 @@ class Llama(nnx.Module):
 def take_rows(x: Float[Array, "T D"], rows: Int[Array, " B"]) -> Float[Array, "B D"]:
     """x[rows], in float32 on the way: XLA on a CPU gathers 16-bit floats badly."""
     return x.astype(jnp.float32)[rows].astype(x.dtype)
-

@@ -123,7 +123,9 @@ class AttentionShard:
         message = struct((*bucket, heads[name], g.head_dim), g.dtype)
         if name == "append":
             return Compilation(_append, (pages, meta.slots, message), donate=(0,))
-        cached_part = partial(_cached_part, kind=kind, dtype=g.dtype, platform=self.device.platform)
+        cached_part = partial(
+            _cached_part, kind=kind, dtype=g.dtype, platform=kernel_platform(g, self.device.platform)
+        )
         if name == "attend":
             return Compilation(cached_part, (pages, struct(()), meta, message))
         both = partial(_append_and_attend, num_heads=g.num_heads, cached_part=cached_part)
@@ -144,6 +146,14 @@ class AttentionShard:
 def storage_dtype(dtype: str, platform: str) -> jnp.dtype:
     """How pages are held: 16-bit floats as their bits on a CPU, where XLA gathers floats slowly."""
     return jnp.dtype("uint16") if dtype == "bfloat16" and platform == "cpu" else jnp.dtype(dtype)
+
+
+def kernel_platform(g: CacheGeometry, platform: str) -> str | None:
+    """Which reading of paged attention a device runs; None is XLA's plain one.
+
+    The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page.
+    """
+    return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
 
 
 def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
@@ -169,7 +179,7 @@ def _cached_part(
     *,
     kind: AttentionKind,
     dtype: str,
-    platform: str,
+    platform: str | None,
 ) -> Part:
     o, lse = paged_attention(
         q,
