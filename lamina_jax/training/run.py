@@ -1,0 +1,112 @@
+"""One training run in a folder: its tokenizer, its checkpoints, and going on where it stopped.
+
+This module ties corpus, documents, loop and checkpoints together; it prints nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from lamina_jax.models import ModelConfig, RopeConfig
+from lamina_jax.training.checkpoint import Checkpoints
+from lamina_jax.training.documents import DocumentMaker, tokenizer_text
+from lamina_jax.training.initial import initial_model
+from lamina_jax.training.loop import (
+    Hyperparameters,
+    Phase,
+    Report,
+    TrainState,
+    initial_state,
+    train,
+    with_parameters,
+)
+from lamina_jax.training.tokenizer import train_tokenizer
+
+BUNDLED = ModelConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=704,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position=2048,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=100_000.0),
+    tie_embeddings=True,
+    dtype="bfloat16",
+)
+"""The shape of the model that comes with the package: 3.5 M parameters."""
+
+
+class Run:
+    """A run below `folder`. The first one there trains the tokenizer; later ones take it up again.
+
+    Args:
+        folder: holds `tokenizer.json` and the checkpoints.
+        config: the model's shape; it must stay the same for one folder.
+        texts: the corpus, a text per file.
+        seed: of weights and documents.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        texts: Sequence[str],
+        *,
+        seed: int = 0,
+        hyper: Hyperparameters | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.config, self.texts, self.seed = folder, config, texts, seed
+        self.hyper = hyper or Hyperparameters()
+        self.tokenizer = self._tokenizer(folder / "tokenizer.json")
+        self.initial = initial_model(config, seed)
+
+    def state(self) -> TrainState:
+        """The newest checkpoint's, or the initial one."""
+        initial = initial_state(self.initial, self.hyper)
+        with Checkpoints(self.folder / "checkpoints") as checkpoints:
+            return checkpoints.restore(initial) or initial
+
+    def model(self, state: TrainState) -> nnx.Module:
+        """The model that `state` has reached, its weights rounded to the checkpoint's dtype."""
+        dtype = jnp.dtype(self.config.dtype)
+        rounded = {name: value.astype(dtype).astype(value.dtype) for name, value in state.params.items()}
+        return with_parameters(self.initial)(rounded)
+
+    def train(
+        self,
+        phases: list[Phase],
+        on_step: Callable[[Report], None],
+        on_checkpoint: Callable[[TrainState, Report], None],
+        checkpoint_seconds: float = 240.0,
+    ) -> TrainState:
+        """Trains through `phases` from the newest checkpoint on, writing one every few minutes."""
+        maker = DocumentMaker(self.texts, self.tokenizer, self.config.max_position, self.seed)
+        state, saved = self.state(), time.monotonic()
+        with Checkpoints(self.folder / "checkpoints") as checkpoints:
+            for reached, report in train(self.initial, state, phases, maker.batch, self.hyper):
+                state = reached
+                on_step(report)
+                if time.monotonic() - saved > checkpoint_seconds:
+                    checkpoints.save(state)
+                    on_checkpoint(state, report)
+                    saved = time.monotonic()
+            checkpoints.save(state)
+        return state
+
+    def _tokenizer(self, path: Path) -> Tokenizer:
+        if path.exists():
+            return Tokenizer.from_file(str(path))
+        tokenizer = train_tokenizer(tokenizer_text(self.texts, self.seed), self.config.vocab_size)
+        tokenizer.save(str(path))
+        return tokenizer
