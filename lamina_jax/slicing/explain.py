@@ -14,10 +14,10 @@ from lamina_jax.slicing.stages import Attention, Slice, Stage
 
 _HEADER: tuple[str, ...] = ("slice", "stage", "operators", "inputs", "carried on", "wire")
 _INPUTS = {
-    "argument": "{} arguments",
+    "argument": "{} args",
     "carried": "{} carried",
     "attention": "o",
-    "stage1": "{} from stage 1",
+    "stage1": "{} of stage 1",
 }
 
 
@@ -52,8 +52,8 @@ def _slice_rows(
         return [(name, "1", _operators(slices[i].fused), _inputs(slices[i].fused), "", "")]
     first, second = slices[i].stages
     op = attentions[i]
-    arrays = " ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in carried[i])
-    on = f"{arrays} {_bytes(carried[i]):,} B" if carried[i] else "nothing"
+    arrays = [jax.core.ShapedArray(a.shape, a.dtype).str_short(short_dtypes=True) for a in carried[i]]
+    on = f"{' '.join(arrays)} {_bytes(carried[i]):,} B" if arrays else "nothing"
     wire = f"k {_bytes([op.k]):,} B, v {_bytes([op.v]):,} B, o {_bytes([op.o]):,} B back"
     return [
         (name, "1", _operators(first), _inputs(first), "", f"q {_bytes([op.q]):,} B"),

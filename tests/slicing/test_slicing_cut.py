@@ -50,6 +50,12 @@ def test_capacities_without_a_common_unit_are_rounded_not_overflowed():
     assert min_cut(Network(4, edges)) == {0}
 
 
+@pytest.mark.parametrize("unit", [1, 2**45 + 1])
+def test_sums_that_are_equal_stay_equal(unit):
+    edges = ((0, 2, 7 * unit), (2, 3, 3 * unit), (2, 4, 4 * unit), (3, 1, INFINITE), (4, 1, INFINITE))
+    assert min_cut(Network(5, edges)) == {0, 2}
+
+
 def test_every_cheap_operator_is_a_primitive_of_jax():
     known = {getattr(primitives, name).name for name in dir(primitives) if name.endswith("_p")}
     assert CHEAP - known <= {"add_any", "copy", "name", "optimization_barrier", "split", "square"}
