@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -53,14 +53,19 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None
 
 
 class CompilationCounter:
-    """Counts the compilations of this process from when it is made."""
+    """Counts the compilations of this process from when it is made, as long as it is held."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        events: list[str] = []
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            with self._lock:
-                self.count += 1
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                events.append(event)
+
+        self._events = events
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, listen)
+
+    @property
+    def count(self) -> int:
+        return len(self._events)

@@ -81,7 +81,7 @@ def _make_cpu_devices(count: int) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+        jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         log.info("JAX runs already, with %d devices: taking what there is", jax.device_count())
 

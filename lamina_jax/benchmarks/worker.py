@@ -20,6 +20,8 @@ import numpy as np
 from lamina_jax.config import EngineConfig
 from lamina_jax.core import MicrobatchPlan, StepPlan
 from lamina_jax.engine.build import build_engine
+from lamina_jax.engine.collocated import CollocatedRunner
+from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
@@ -28,6 +30,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     batch, context = settings.pop("batch"), settings.pop("context")
     engine = build_engine(EngineConfig(**settings))
+    assert isinstance(engine.runner, CollocatedRunner | DisaggregatedRunner)
     engine.runner.fill_pages(_random_pages)
     plans = decode_plans(engine.scheduler.config, batch, context)
     run_steps(engine.runner, plans, 3)

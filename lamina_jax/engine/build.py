@@ -25,6 +25,7 @@ from lamina_jax.engine.compute import ComputeSide, step_shapes
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.limits import Limits, resolve_limits
+from lamina_jax.engine.programs import windows_of
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.exchange.local import LocalExchange
@@ -122,7 +123,7 @@ def _disaggregated(
     for held, device in zip(ranges, devices.memory, strict=True):
         log.info("%s holds KV heads %d-%d", device, held.kv_start, held.kv_stop - 1)
     kinds = [AttentionKind(op.scale, op.softcap) for op in sliced.attentions]
-    windows = [op.window for op in sliced.attentions]
+    windows = windows_of(sliced)
     shards = [AttentionShard(geometry.share(workers), device, windows, kinds) for device in devices.memory]
     place = NamedSharding(mesh, P())
     compute = ComputeSide(sliced, params, place, ranges, limits.rows)

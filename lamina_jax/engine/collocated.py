@@ -24,7 +24,8 @@ from lamina_jax.engine.compute import step_shapes
 from lamina_jax.engine.programs import Arrays, feed_tokens, sample_greedy
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import CacheGeometry
-from lamina_jax.pool.shard import StepMetadata, kernel_platform, storage_dtype
+from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
+from lamina_jax.pool.shard import kernel_platform, storage_dtype
 from lamina_jax.slicing import Attention, Port, Sliced
 from pallas_kernels import append_kv, paged_attention
 
@@ -89,21 +90,14 @@ class CollocatedRunner:
         """What compiles the program of one bucket: with a cached part or none."""
         rows, queries = bucket
 
-        def struct(*dims: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, np.int32, sharding=self._replicated)
+        def struct(size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size,), np.int32, sharding=self._replicated)
 
         def like(array: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
-        table = struct(rows, self._pages_per_request)
-        meta = StepMetadata(table, struct(rows), table, struct(*bucket), struct(*bucket))
-        step = partial(
-            _step,
-            self._sliced.at(self._params, *step_shapes(bucket)),
-            bucket,
-            self._attend if cached else None,
-            self._rows,
-        )
+        sliced = self._sliced.at(self._params, *step_shapes(bucket))
+        step = partial(_step, sliced, bucket, self._attend if cached else None, self._rows)
         inputs = (
             [like(pages) for pages in self.pages],
             tuple(like(weight) for weight in self._weights),
@@ -111,14 +105,13 @@ class CollocatedRunner:
             struct(rows),
             struct(rows * queries),
             struct(max(rows, SMALLEST_BATCH)),
-            meta,
+            metadata_shapes(bucket, self._pages_per_request, self._replicated),
         )
         self._programs[bucket] = Compilation(step, inputs, donate=(0,))
         yield f"step {bucket}", self._programs[bucket].compile
 
     def _run(self, plan: MicrobatchPlan) -> jax.Array:
-        meta = (plan.block_tables, plan.context_lens, plan.page_index, plan.positions, plan.slots)
-        host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), StepMetadata(*meta))
+        host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), metadata_of(plan))
         last = self._last.get(plan.microbatch, self._no_tokens)
         program = self._programs[plan.bucket]
         self.pages, sampled = program(

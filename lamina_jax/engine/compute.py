@@ -53,7 +53,7 @@ class ComputeSide:
         self.num_slices, self.place = len(sliced.slices), place
         self._sliced, self._params, self._ranges, self._rows = sliced, params, ranges, rows
         self._weights = jax.tree.leaves(params)
-        self._windows = [jax.device_put(np.int32(op.window), place) for op in sliced.attentions]
+        self._windows = [jax.device_put(np.int32(window), place) for window in programs.windows_of(sliced)]
         self._compilations: dict[Hashable, Compilation] = {}
         self._programs: dict[tuple[Bucket, int, Form], Program] = {}
 
@@ -105,8 +105,8 @@ class ComputeSide:
 
         (logits,) = sliced.slices[-1].fused.out_avals
         sample = partial(programs.sample_greedy, size=self._rows)
-        key = "sample", logits.shape[0]
-        yield from self._job(f"sampler {bucket}", key, sample, self._struct(logits.shape, logits.dtype))
+        logits_struct = self._struct(logits.shape, logits.dtype)
+        yield from self._job(f"sampler {bucket}", ("sample", logits.shape[0]), sample, logits_struct)
         if cached:
             feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
             yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)

@@ -153,7 +153,9 @@ class _Live:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._request = request
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        self._detokenizer = (
+            Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer is not None else None
+        )
         self._text: list[str] = []
         self._token_ids: list[int] = []
 

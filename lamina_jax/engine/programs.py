@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import HeadRange
-from lamina_jax.slicing import Attention, Port, Stage
+from lamina_jax.pool.metadata import Leaf
+from lamina_jax.slicing import Attention, Port, Sliced, Stage
 
 Arrays = tuple[jax.Array, ...]
 
@@ -55,13 +56,13 @@ class Inputs(NamedTuple):
         window: int32 scalar, the window of the attention after.
     """
 
-    arguments: Arrays
-    carried: Arrays = ()
-    local: Part | None = None
-    cached: tuple[Part, ...] = ()
-    early: Arrays = ()
-    q: jax.Array | None = None
-    window: jax.Array | None = None
+    arguments: tuple[Leaf, ...]
+    carried: tuple[Leaf, ...] = ()
+    local: Leaf = None
+    cached: tuple[Leaf, ...] = ()
+    early: tuple[Leaf, ...] = ()
+    q: Leaf = None
+    window: Leaf = None
 
 
 class QueryOutputs(NamedTuple):
@@ -126,6 +127,22 @@ def sample_greedy(logits: jax.Array, size: int) -> jax.Array:
     return jnp.zeros(size, jnp.int32).at[: best.shape[0]].set(best)
 
 
+def windows_of(sliced: Sliced) -> list[int]:
+    """The window of each attention.
+
+    Raises:
+        ValueError: a window that is computed, or attention sinks: no model family here has them yet.
+    """
+    windows = []
+    for layer, attention in enumerate(sliced.attentions):
+        if not isinstance(attention.window, int) or attention.has_sinks:
+            raise ValueError(
+                f"attention {layer} has a computed window or sinks, which the engine does not run"
+            )
+        windows.append(attention.window)
+    return windows
+
+
 def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
     """Evaluate a stage over what its ports name."""
     arguments = iter(inputs.arguments)
@@ -147,9 +164,10 @@ def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
 
 def _merged(inputs: Inputs) -> jax.Array:
     """o f32[B, Q, N, H] of the attention before."""
-    parts = [inputs.local]
+    parts: list[Part] = [inputs.local]
     if inputs.cached:
-        parts.append(tuple(jnp.concatenate(pieces, axis=2) for pieces in zip(*inputs.cached, strict=True)))
+        o, lse = zip(*inputs.cached, strict=True)
+        parts.append((jnp.concatenate(o, axis=2), jnp.concatenate(lse, axis=2)))
     return merge(parts)[0]
 
 

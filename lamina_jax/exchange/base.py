@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -59,4 +60,8 @@ class Exchange(Protocol):
 
     def begin(self, plan: MicrobatchPlan) -> StepExchange:
         """Tell every worker the step's pages, slots and lengths."""
+        ...
+
+    def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
+        """Replace the pages of every layer and device by `fill` of them; for benchmarks."""
         ...

@@ -13,7 +13,8 @@ from jax.sharding import Sharding
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.exchange.base import WireCount
 from lamina_jax.ops import Part
-from lamina_jax.pool.shard import AttentionShard, Bucket, StepMetadata
+from lamina_jax.pool.metadata import StepMetadata
+from lamina_jax.pool.shard import AttentionShard, Bucket
 
 
 class LocalExchange:

@@ -71,7 +71,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         y = matmul(x, self.weight[...], self.contract)
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + self.bias[...].astype(jnp.float32)[None, :]
         return y.astype(x.dtype)
 
     def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:

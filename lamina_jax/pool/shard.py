@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,10 @@ from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.ops import Part
 from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
 from pallas_kernels import append_kv, paged_attention
 
 Bucket = tuple[int, int]
-
-
-class StepMetadata(NamedTuple):
-    """What a memory device is told once per microbatch and step; see `MicrobatchPlan` for the shapes."""
-
-    block_tables: jax.Array
-    context_lens: jax.Array
-    page_index: jax.Array
-    positions: jax.Array
-    slots: jax.Array
 
 
 class AttentionKind(NamedTuple):
@@ -38,6 +29,10 @@ class AttentionKind(NamedTuple):
 
     scale: float
     softcap: float | None
+
+
+ProgramKey = tuple[str, Bucket, AttentionKind | None]
+"""A program of a shard: its name, its bucket, and which attention it computes, if any."""
 
 
 class AttentionShard:
@@ -58,17 +53,16 @@ class AttentionShard:
         kinds: Sequence[AttentionKind],
     ) -> None:
         self.geometry, self.device = geometry, device
-        self._kinds = kinds
+        self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
         self._pages = _zero_pages(geometry, device)
-        self._programs: dict[tuple[str, Bucket, AttentionKind | None], Compilation] = {}
+        self._programs: dict[ProgramKey, Compilation] = {}
 
     # What a step does -------------------------------------------------------------------------------
 
     def begin(self, plan: MicrobatchPlan) -> StepMetadata:
         """Bring a microbatch's metadata to the device."""
-        host = (plan.block_tables, plan.context_lens, plan.page_index, plan.positions, plan.slots)
-        return StepMetadata(*jax.device_put(host, self.device))
+        return jax.device_put(metadata_of(plan), self.device)
 
     def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: jax.Array) -> Part:
         """The cached part of q[B, Q, N, H]: (o[B, Q, N, H] in q's dtype, lse f32[B, Q, N])."""
@@ -90,46 +84,43 @@ class AttentionShard:
 
     def jobs(self, bucket: Bucket, pages_per_request: int, *, cached: bool, overlap: bool) -> Iterator[Job]:
         """What compiles the programs of one bucket: with a cached part or none, in two messages or one."""
-        names = {(False, False): ["append"], (True, True): ["append", "attend"], (True, False): ["both"]}
-        for name in names[cached, cached and overlap]:
-            for kind in [None] if name == "append" else dict.fromkeys(self._kinds):
-                if (name, bucket, kind) not in self._programs:
-                    compilation = self._compilation(name, bucket, kind, pages_per_request)
-                    self._programs[name, bucket, kind] = compilation
-                    yield f"{name} {bucket} on {self.device}", compilation.compile
+        meta = metadata_shapes(bucket, pages_per_request, self._place)
+        wanted: dict[ProgramKey, Compilation] = {}
+        if overlap or not cached:
+            wanted["append", bucket, None] = self._append_program(bucket, meta)
+        if cached:
+            name = "attend" if overlap else "both"
+            for kind in self._kinds:
+                wanted[name, bucket, kind] = self._attend_program(name, bucket, kind, meta)
+        for key in wanted.keys() - self._programs.keys():
+            self._programs[key] = wanted[key]
+            yield f"{key[0]} {bucket} on {self.device}", wanted[key].compile
 
-    def _compilation(
-        self, name: str, bucket: Bucket, kind: AttentionKind | None, pages_per_request: int
+    def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
+        kv = self._struct((*bucket, 2 * self.geometry.num_kv_heads, self.geometry.head_dim))
+        return Compilation(_append, (self._pages_struct(), meta.slots, kv), donate=(0,))
+
+    def _attend_program(
+        self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata
     ) -> Compilation:
-        g, place = self.geometry, SingleDeviceSharding(self.device)
-
-        def struct(dims: tuple[int, ...], dtype: Any = "int32") -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=place)
-
-        pages = struct(self._pages[0].shape, self._pages[0].dtype)
-        table = struct((bucket[0], pages_per_request))
-        meta = StepMetadata(
-            block_tables=table,
-            context_lens=struct(bucket[:1]),
-            page_index=table,
-            positions=struct(bucket),
-            slots=struct(bucket),
-        )
-        heads = {
-            "attend": g.num_heads,
-            "append": 2 * g.num_kv_heads,
-            "both": g.num_heads + 2 * g.num_kv_heads,
-        }
-        message = struct((*bucket, heads[name], g.head_dim), g.dtype)
-        if name == "append":
-            return Compilation(_append, (pages, meta.slots, message), donate=(0,))
-        cached_part = partial(
-            _cached_part, kind=kind, dtype=g.dtype, platform=kernel_platform(g, self.device.platform)
-        )
+        g = self.geometry
+        platform = kernel_platform(g, self.device.platform)
+        attend = partial(_cached_part, kind=kind, dtype=g.dtype, platform=platform)
+        heads = g.num_heads if name == "attend" else g.num_heads + 2 * g.num_kv_heads
+        message = self._struct((*bucket, heads, g.head_dim))
+        window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
+        inputs = (self._pages_struct(), window, meta, message)
         if name == "attend":
-            return Compilation(cached_part, (pages, struct(()), meta, message))
-        both = partial(_append_and_attend, num_heads=g.num_heads, cached_part=cached_part)
-        return Compilation(both, (pages, struct(()), meta, message), donate=(0,))
+            return Compilation(attend, inputs)
+        both = partial(_append_and_attend, num_heads=g.num_heads, cached_part=attend)
+        return Compilation(both, inputs, donate=(0,))
+
+    def _struct(self, dims: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(self.geometry.dtype), sharding=self._place)
+
+    def _pages_struct(self) -> jax.ShapeDtypeStruct:
+        pages = self._pages[0]
+        return jax.ShapeDtypeStruct(pages.shape, pages.dtype, sharding=self._place)
 
     # What it holds ----------------------------------------------------------------------------------
 
