@@ -10,8 +10,8 @@ The network of a region (paper 4.2, made precise): every operator and every valu
 - value -> operator that reads it, infinite: who is computed behind the boundary needs its operands
   behind the boundary, carried or computed there.
 - operator -> each nearest costly ancestor (through cheap ones), infinite: what is computed before
-  needs its costly ancestors before. With this a costly operator runs on one side only. Cheap
-  operators have no such edge: they may run on both sides.
+  needs its costly ancestors before. With this a costly operator runs on one side only. No edge leads
+  to a cheap ancestor: it may run on both sides.
 - source -> required operator, infinite; source -> leaf value, capacity = bytes; value read behind
   the boundary -> sink, infinite.
 

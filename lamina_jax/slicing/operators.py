@@ -6,6 +6,7 @@ an operator. Knows nothing of what is read from what in a whole program.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Op:
         return self.eqn.primitive, _frozen(self.eqn.params), _frozen(setting), written
 
 
-def flatten(jaxpr: Any) -> tuple[list[jax.core.ShapedArray], list[Op], list[Atom]]:
+def flatten(jaxpr: Any) -> tuple[list[Any], list[Op], list[Atom]]:
     """A jaxpr, open or closed, as (avals of its values, operators, outputs); its inputs come first.
 
     Raises:
@@ -148,7 +149,7 @@ def _frozen(value: Any) -> Hashable:
 
     A type that compares by identity makes unlike what could be one program, never the other way round.
     """
-    kind = type(value).__name__
+    kind = type(value)
     if isinstance(value, tuple | list):
         return kind, tuple(map(_frozen, value))
     if isinstance(value, Mapping):
@@ -157,6 +158,8 @@ def _frozen(value: Any) -> Hashable:
         avals, ops, outputs = flatten(value)
         inputs = range(len(getattr(value, "jaxpr", value).invars))
         return kind, tuple(avals[: len(inputs)]), canonical(ops, inputs, outputs)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return kind, tuple(_frozen(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, np.ndarray | jax.Array):
         return kind, Const(value, jax.typeof(value)).content
     try:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from slicing_helpers import Runner
 from toy_models import (
     D,
@@ -308,6 +309,17 @@ def scan_of(body):
     return lambda x: lax.scan(lambda x, _: (body(x), None), x, None, length=2)[0]
 
 
+def kernel(x):
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    block = pl.BlockSpec((2, N, 6), lambda i: (i, 0, 0))
+    out_shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(
+        double, out_shape, grid=(T // 2,), in_specs=[block], out_specs=block, interpret=True
+    )(x)
+
+
 def scaled_by(*scale):
     return lambda x: x * np.float32(scale)[None, :, None]
 
@@ -324,7 +336,7 @@ def crossed(swap):
 
 
 def test_stages_are_alike_where_they_are_the_same_program():
-    same = (scaled_by(1, 2, 3, 4), scan_of(jax.nn.relu), lambda x: x**3, crossed(swap=True))
+    same = (scaled_by(1, 2, 3, 4), scan_of(jax.nn.relu), lambda x: x**3, crossed(swap=True), kernel)
     for layer in same:
         assert distinct_layers(layer, layer, layer, layer) == 1
     # Every layer but the last stands before an attention.
