@@ -20,6 +20,7 @@ from lamina_jax.engine import programs
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.programs import Arrays, Form, Inputs, Shape
 from lamina_jax.pool.geometry import HeadRange
+from lamina_jax.pool.message import message_shape
 from lamina_jax.slicing import Sliced, Stage
 
 
@@ -127,7 +128,7 @@ class ComputeSide:
             fields |= self._parts(sliced, shape, index - 1, cached)
             fields["carried"] = tuple(self._struct(a.shape, a.dtype) for a in sliced.carried[index - 1])
         if form == "last":
-            function: Callable[..., Any] = partial(programs.last_slice, stage)
+            function: Callable[..., Any] = partial(programs.last_slice, stage, shape)
         elif form == "query":
             function = partial(programs.query_stage, stage, shape)
         else:
@@ -148,17 +149,17 @@ class ComputeSide:
 
     def _parts(self, sliced: Sliced, shape: Shape, layer: int, cached: bool) -> dict[str, Any]:
         """The shapes of the parts of attention `layer`."""
-        op = sliced.attentions[layer].q
+        op = sliced.attentions[layer].o
         rows, queries, heads, size = shape.of(op)
-
-        def part(heads: int, dtype: Any) -> tuple[Any, Any]:
-            return (
-                self._struct((rows, queries, heads, size), dtype),
-                self._struct((rows, queries, heads), np.float32),
-            )
-
-        parts = tuple(part(r.q_stop - r.q_start, op.dtype) for r in self._ranges) if cached else ()
-        return {"local": part(heads, np.float32), "cached": parts}
+        local = (rows, queries, heads, size)
+        messages = [
+            message_shape((rows, queries, held.q_stop - held.q_start, size), op.dtype)
+            for held in self._ranges
+        ]
+        return {
+            "local": (self._struct(local, np.float32), self._struct(local[:3], np.float32)),
+            "cached": tuple(self._struct(m.shape, m.dtype) for m in messages) if cached else (),
+        }
 
     def _arguments(self, stage: Stage) -> tuple[Any, ...]:
         """The weights that a stage reads and, as ints, the step's own arguments, in its order."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import HeadRange
+from lamina_jax.pool.message import unpack_part
 from lamina_jax.pool.metadata import Leaf
 from lamina_jax.slicing import Attention, Port, Sliced, Stage
 
@@ -50,7 +51,7 @@ class Inputs(NamedTuple):
             weights, and of the step tokens[T], positions[T], logits_at[B].
         carried: what crossed the boundary before this slice.
         local: the local part of the attention before; None in the first slice.
-        cached: each memory worker's cached part of it; empty where there is none.
+        cached: each memory worker's cached part of it, a message; empty where there is none.
         early: what this slice's first stage left for its second.
         q: this slice's q[B, Q, N, H], for its second stage.
         window: int32 scalar, the window of the attention after.
@@ -83,14 +84,14 @@ class SliceOutputs(NamedTuple):
 
 def query_stage(stage: Stage, shape: Shape, inputs: Inputs) -> QueryOutputs:
     """Stage 1 of a slice: everything that q needs."""
-    q, *early = run_stage(stage, inputs)
+    q, *early = run_stage(stage, shape, inputs)
     q = shape.batched(q)
     return QueryOutputs(_queries_of(q, shape.ranges), q, tuple(early))
 
 
 def rest_stage(stage: Stage, attention: Attention, shape: Shape, inputs: Inputs) -> SliceOutputs:
     """Stage 2: k, v, the local part and the carry, computed while the cached part is away."""
-    k, v, *carried = run_stage(stage, inputs)
+    k, v, *carried = run_stage(stage, shape, inputs)
     k, v = shape.batched(k), shape.batched(v)
     local = local_part(inputs.q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
     return SliceOutputs(_kv_of(k, v, shape.ranges), local, tuple(carried))
@@ -100,7 +101,7 @@ def whole_slice(
     stage: Stage, attention: Attention, shape: Shape, inputs: Inputs, *, send_q: bool
 ) -> SliceOutputs:
     """Both stages in one program; q leaves in one message with k and v, or not at all."""
-    q, k, v, *carried = run_stage(stage, inputs)
+    q, k, v, *carried = run_stage(stage, shape, inputs)
     q, k, v = shape.batched(q), shape.batched(k), shape.batched(v)
     local = local_part(q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
     sent = _kv_of(k, v, shape.ranges)
@@ -110,9 +111,9 @@ def whole_slice(
     return SliceOutputs(sent, local, tuple(carried))
 
 
-def last_slice(stage: Stage, inputs: Inputs) -> jax.Array:
+def last_slice(stage: Stage, shape: Shape, inputs: Inputs) -> jax.Array:
     """The model's output: logits f32[B, V]."""
-    (logits,) = run_stage(stage, inputs)
+    (logits,) = run_stage(stage, shape, inputs)
     return logits
 
 
@@ -143,7 +144,7 @@ def windows_of(sliced: Sliced) -> list[int]:
     return windows
 
 
-def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
+def run_stage(stage: Stage, shape: Shape, inputs: Inputs) -> Arrays:
     """Evaluate a stage over what its ports name."""
     arguments = iter(inputs.arguments)
 
@@ -154,7 +155,7 @@ def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
             case "carried":
                 return inputs.carried[port.index]
             case "attention":
-                return _merged(inputs).reshape(aval.shape).astype(aval.dtype)
+                return _merged(inputs, shape, aval)
             case "stage1":  # output 0 of a first stage is q
                 return inputs.q.reshape(aval.shape) if port.index == 0 else inputs.early[port.index - 1]
         raise AssertionError(f"a stage reads {port}")
@@ -162,13 +163,17 @@ def run_stage(stage: Stage, inputs: Inputs) -> Arrays:
     return stage.fn(*map(value, stage.inputs, stage.in_avals))
 
 
-def _merged(inputs: Inputs) -> jax.Array:
-    """o f32[B, Q, N, H] of the attention before."""
-    parts: list[Part] = [inputs.local]
+def _merged(inputs: Inputs, shape: Shape, aval: jax.ShapeDtypeStruct) -> jax.Array:
+    """The output of the attention before, as `aval` says."""
+    local: Part = inputs.local
+    parts = [local]
     if inputs.cached:
-        o, lse = zip(*inputs.cached, strict=True)
+        rows, queries, _, size = local[0].shape
+        heads = [(rows, queries, held.q_stop - held.q_start, size) for held in shape.ranges]
+        cached = [unpack_part(*message, aval.dtype) for message in zip(inputs.cached, heads, strict=True)]
+        o, lse = zip(*cached, strict=True)
         parts.append((jnp.concatenate(o, axis=2), jnp.concatenate(lse, axis=2)))
-    return merge(parts)[0]
+    return merge(parts)[0].reshape(aval.shape).astype(aval.dtype)
 
 
 def _queries_of(q: jax.Array, ranges: Sequence[HeadRange]) -> Arrays:

@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from lamina_jax.core import MicrobatchPlan
-from lamina_jax.ops import Part
 
 
 @dataclass
@@ -20,10 +19,10 @@ class WireCount:
     messages: int = 0
     metadata_bytes: int = 0
 
-    def add(self, *arrays: jax.Array) -> None:
-        """Count one message that carries `arrays`."""
+    def add(self, message: jax.Array) -> None:
+        """Count one message."""
         self.messages += 1
-        self.tensor_bytes += sum(array.nbytes for array in arrays)
+        self.tensor_bytes += message.nbytes
 
 
 @runtime_checkable
@@ -47,8 +46,8 @@ class StepExchange(Protocol):
         """qkv[B, Q, N_w + 2 K_w, H] to each worker: both of the above."""
         ...
 
-    def receive(self, layer: int) -> tuple[Part, ...]:
-        """Each worker's cached part on the compute mesh: (o[B, Q, N_w, H], lse f32[B, Q, N_w])."""
+    def receive(self, layer: int) -> tuple[jax.Array, ...]:
+        """Each worker's cached part on the compute mesh, a message of `lamina_jax.pool.message`."""
         ...
 
 

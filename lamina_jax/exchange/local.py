@@ -12,7 +12,6 @@ from jax.sharding import Sharding
 
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.exchange.base import WireCount
-from lamina_jax.ops import Part
 from lamina_jax.pool.metadata import StepMetadata
 from lamina_jax.pool.shard import AttentionShard, Bucket
 
@@ -40,7 +39,7 @@ class LocalStep:
 
     def __init__(self, exchange: LocalExchange, bucket: Bucket, metadata: list[StepMetadata]) -> None:
         self._exchange, self._bucket, self._metadata = exchange, bucket, metadata
-        self._returned: dict[int, tuple[Part, ...]] = {}
+        self._returned: dict[int, tuple[jax.Array, ...]] = {}
 
     def send_query(self, layer: int, q: tuple[jax.Array, ...]) -> None:
         self._returned[layer] = tuple(
@@ -58,13 +57,13 @@ class LocalStep:
             for shard, meta, part in zip(self._exchange.shards, self._metadata, qkv, strict=True)
         )
 
-    def receive(self, layer: int) -> tuple[Part, ...]:
+    def receive(self, layer: int) -> tuple[jax.Array, ...]:
         return self._returned.pop(layer)
 
     def _out(self, shard: AttentionShard, array: jax.Array) -> jax.Array:
         self._exchange.wire.add(array)
         return jax.device_put(array, shard.device)
 
-    def _back(self, part: Part) -> Part:
-        self._exchange.wire.add(*part)
-        return jax.device_put(part, self._exchange.compute)
+    def _back(self, message: jax.Array) -> jax.Array:
+        self._exchange.wire.add(message)
+        return jax.device_put(message, self._exchange.compute)

@@ -16,8 +16,8 @@ from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan
-from lamina_jax.ops import Part
 from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.message import pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
 from pallas_kernels import append_kv, paged_attention
 
@@ -64,8 +64,8 @@ class AttentionShard:
         """Bring a microbatch's metadata to the device."""
         return jax.device_put(metadata_of(plan), self.device)
 
-    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: jax.Array) -> Part:
-        """The cached part of q[B, Q, N, H]: (o[B, Q, N, H] in q's dtype, lse f32[B, Q, N])."""
+    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: jax.Array) -> jax.Array:
+        """The cached part of q[B, Q, N, H] as one message, o in q's dtype (`lamina_jax.pool.message`)."""
         program = self._programs["attend", bucket, self._kinds[layer]]
         return program(self._pages[layer], self._windows[layer], meta, q)
 
@@ -74,11 +74,11 @@ class AttentionShard:
         program = self._programs["append", bucket, None]
         self._pages[layer] = program(self._pages[layer], meta.slots, kv)
 
-    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: jax.Array) -> Part:
+    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: jax.Array) -> jax.Array:
         """Both for one message qkv[B, Q, N + 2K, H]; the cached part does not see the new tokens."""
         program = self._programs["both", bucket, self._kinds[layer]]
-        self._pages[layer], part = program(self._pages[layer], self._windows[layer], meta, qkv)
-        return part
+        self._pages[layer], message = program(self._pages[layer], self._windows[layer], meta, qkv)
+        return message
 
     # Compilation ------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ def _cached_part(
     kind: AttentionKind,
     dtype: str,
     platform: str | None,
-) -> Part:
+) -> jax.Array:
     o, lse = paged_attention(
         q,
         pages,
@@ -185,7 +185,7 @@ def _cached_part(
         dtype=dtype,
         platform=platform,
     )
-    return o.astype(q.dtype), lse
+    return pack_part(o.astype(q.dtype), lse)
 
 
 def _append_and_attend(
@@ -195,8 +195,8 @@ def _append_and_attend(
     qkv: jax.Array,
     *,
     num_heads: int,
-    cached_part: Callable[..., Part],
-) -> tuple[jax.Array, Part]:
+    cached_part: Callable[..., jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
     # lie beyond context_lens, so the cached part does not see them.
     pages = _append(pages, meta.slots, qkv[:, :, num_heads:])
