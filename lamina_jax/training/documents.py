@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,6 +25,8 @@ DENSE_RECALL_SHARE, RECALL_SHARE = 0.85, 0.35
 CHAT_SHARE = 0.15
 FILLER_SHARES = (0.0, 0.4, 0.75)
 TOKENS_PER_FACT = 32
+
+Fact = tuple[recall.Key, int]
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class DocumentMaker:
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_position: int, seed: int) -> None:
         self.max_position, self.seed = max_position, seed
-        self.bos, self.eos, self.user, self.assistant = map(
-            tokenizer.token_to_id, (BOS, EOS, USER, ASSISTANT)
-        )
+        vocabulary = tokenizer.get_vocab()
+        self.bos, self.eos = vocabulary[BOS], vocabulary[EOS]
+        self.user, self.assistant = vocabulary[USER], vocabulary[ASSISTANT]
         self.encode = lru_cache(maxsize=4096)(
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
         )
@@ -130,9 +133,9 @@ class RecallDocument:
         largest = max(2, int(size * (1 - self.filler_share)) // TOKENS_PER_FACT)
         keys = recall.TRAINING_KEYS
         facts = recall.draw_facts(self.rng, keys, len(keys))
-        known: list[tuple[recall.Key, int]] = []
+        known: list[Fact] = []
         while len(self.tokens) < size:
-            block = [fact for _, fact in zip(range(self.rng.integers(1, largest + 1)), facts, strict=False)]
+            block = list(islice(facts, int(self.rng.integers(1, largest + 1))))
             known += block
             if self.chat:
                 self._special(self.maker.user)
@@ -140,22 +143,22 @@ class RecallDocument:
                 self._filler()
                 self._fact(*fact)
             self._filler()
-            self._ask_all(block, known)
+            self._ask_all(block or known, known)
 
-    def _ask_all(self, block: list[tuple[recall.Key, int]], known: list[tuple[recall.Key, int]]) -> None:
+    def _ask_all(self, block: list[Fact], known: list[Fact]) -> None:
         for turn, index in enumerate(self.rng.permutation(len(block))):
             old = self.rng.random() < 0.3
-            fact = known[self.rng.integers(len(known))] if old else block[index]
+            key, number = known[self.rng.integers(len(known))] if old else block[index]
             if self.chat:
-                self._chat_question(*fact, first=turn == 0)
+                self._chat_question(key, number, first=turn == 0)
                 continue
             if turn:
                 self._filler()
             if self.rng.random() < self.question_share:
-                self._put(recall.question(fact[0]))
-                self._number(fact[1], ASKED)
+                self._put(recall.question(key))
+                self._number(number, ASKED)
             else:
-                self._fact(*fact, weight=ASKED)
+                self._fact(key, number, ASKED)
 
     def _chat_question(self, key: recall.Key, number: int, *, first: bool) -> None:
         if not first:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from safetensors.flax import save_file
+from safetensors.flax import save
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig
@@ -30,7 +30,7 @@ def export(model: nnx.Module, config: ModelConfig, tokenizer: Tokenizer, folder:
     _write_json(folder / "generation_config.json", {"do_sample": False} | ids)
     save_tokenizer(tokenizer, folder, config.max_position)
     partial = folder / "model.safetensors.partial"
-    save_file(checkpoint_tensors(model), partial, metadata={"format": "pt"})
+    partial.write_bytes(save(checkpoint_tensors(model), metadata={"format": "pt"}))
     partial.replace(folder / "model.safetensors")
 
 

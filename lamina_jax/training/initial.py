@@ -20,6 +20,7 @@ from flax import nnx
 
 from lamina_jax.models import ModelConfig, Storage, build, initialise
 from lamina_jax.models.layers import rope_frequencies
+from lamina_jax.models.llama import Attention, Llama
 
 EMBEDDING_STD = 0.04
 # Every embedding has this one component, from which layer 0 makes its preferred distances.
@@ -32,7 +33,7 @@ MATCH_GAIN = 2.5
 COPY_GAIN = 0.8
 
 
-def initial_model(config: ModelConfig, seed: int) -> nnx.Module:
+def initial_model(config: ModelConfig, seed: int) -> Llama:
     """A model to train: float32, matrices as [in, out].
 
     Raises:
@@ -57,7 +58,7 @@ def initial_model(config: ModelConfig, seed: int) -> nnx.Module:
     return model
 
 
-def _look_back(layer: nnx.Module, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
+def _look_back(layer: Attention, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
     """Sets layer 0; returns the orthonormal subspace [N, H, D] that each head writes to.
 
     A constant k = (a, 0) and q = (a cos dw, -a sin dw) in each rotary pair of frequency w score
@@ -86,7 +87,7 @@ def _look_back(layer: nnx.Module, config: ModelConfig, rng: np.random.Generator)
 
 
 def _find_and_copy(
-    layer: nnx.Module, config: ModelConfig, subspaces: np.ndarray, rng: np.random.Generator
+    layer: Attention, config: ModelConfig, subspaces: np.ndarray, rng: np.random.Generator
 ) -> None:
     """Sets layer 1: two tokens are compared in the slow half of the rotary pairs, which see no distance."""
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
