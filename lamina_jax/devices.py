@@ -46,7 +46,7 @@ def choose_devices(
     """
     workers = _memory_devices_for(os.cpu_count() or 1, num_kv_heads) if disaggregated else 1
     highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
-    _make_cpu_devices(max(1 + workers, highest + 1))
+    _make_cpu_devices(highest + 1 if memory else max(1 + workers if disaggregated else 1, highest + 1))
     found_compute = _parse("compute_devices", compute) if compute else tuple(jax.devices()[:1])
     if not disaggregated:
         if memory:

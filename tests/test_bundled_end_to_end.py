@@ -1,0 +1,49 @@
+"""The bundled model, served disaggregated: it still answers what it was told, and writes text."""
+
+from __future__ import annotations
+
+import pytest
+
+from lamina_jax import LLM, SamplingParams
+from lamina_jax.engine.build import find_model
+from lamina_jax.training.evaluation import evaluate_plain, load_plain
+from lamina_jax.training.recall import recall_prompts
+
+SEED = 77
+LENGTH, NUM = 512, 100
+Answered = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Answered:
+    _, tokenizer = load_plain(find_model("bundled"))
+    return recall_prompts(SEED, NUM, LENGTH, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("bundled", max_model_len=LENGTH + 64, max_prefill_tokens=LENGTH)
+
+
+def test_recall_is_that_of_the_plain_model(llm: LLM, prompts: Answered) -> None:
+    """An error in attention, paging, partition or merging would show as a wrong answer."""
+    outputs = llm.generate([prompt for prompt, _ in prompts], SamplingParams(max_tokens=4, ignore_eos=True))
+    right = [
+        output.outputs[0].token_ids[: len(answer)] == answer
+        for output, (_, answer) in zip(outputs, prompts, strict=True)
+    ]
+    stats = llm.stats()
+    assert stats["placement"] == "disaggregated"
+    assert not set(stats["weight_devices"]) & set(stats["page_devices"])
+    assert stats["compilations_after_ready"] == 0
+    assert stats["pages_free"] == stats["pages_total"]
+    plain, _ = load_plain(find_model("bundled"))
+    assert abs(sum(right) / NUM - evaluate_plain(plain, prompts)) <= 0.01
+
+
+def test_it_writes_text(llm: LLM) -> None:
+    output = llm.generate("import os\n", SamplingParams(max_tokens=16)).pop().outputs[0]
+    assert output.text.strip()
+    assert (
+        output.token_ids == llm.generate("import os\n", SamplingParams(max_tokens=16))[0].outputs[0].token_ids
+    )
