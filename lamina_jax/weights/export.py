@@ -31,6 +31,7 @@ def save_checkpoint(model: nnx.Module, config: ModelConfig, folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2) + "\n", encoding="utf-8")
     unfinished = folder / "model.safetensors.partial"
     save_file(checkpoint_tensors(model, config.dtype), unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # the library makes it readable to its owner alone
     unfinished.replace(folder / "model.safetensors")
 
 
