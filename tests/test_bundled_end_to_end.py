@@ -21,7 +21,8 @@ def prompts() -> Answered:
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
+def llm(prompts: Answered) -> LLM:
+    # After the prompts, which load the plain model: compilations are counted for the whole process.
     return LLM("bundled", max_model_len=LENGTH + 64, max_prefill_tokens=LENGTH)
 
 
