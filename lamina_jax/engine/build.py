@@ -72,7 +72,7 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
     report("slicing", 0, 0)
     fn, params = as_function(model)
     sliced = slice_at_attention(fn, params, *step_shapes((SMALLEST_BATCH, 2)))
-    log.info("%s", sliced.explain())
+    log.debug("%s", sliced.explain())
     geometry = CacheGeometry(
         num_layers=shape.num_layers,
         num_pages=0,

@@ -55,6 +55,7 @@ class ComputeSide:
         self._sliced, self._params, self._ranges, self._rows = sliced, params, ranges, rows
         self._weights = jax.tree.leaves(params)
         self._windows = [jax.device_put(np.int32(window), place) for window in programs.windows_of(sliced)]
+        self.programs_queued = 0
         self._compilations: dict[Hashable, Compilation] = {}
         self._programs: dict[tuple[Bucket, int, Form], Program] = {}
 
@@ -73,6 +74,7 @@ class ComputeSide:
         )
         tokens, positions, logits_at, feedback = jax.device_put(host, self.place)
         if plan.kind == "decode":
+            self.programs_queued += 1
             tokens = self._compilations["feed", plan.bucket](last, feedback, tokens)
         return tokens, positions, logits_at
 
@@ -80,10 +82,12 @@ class ComputeSide:
         """Queue slice `index` in one of its forms; see `lamina_jax.engine.programs` for what it returns."""
         if form in ("rest", "whole"):
             inputs["window"] = self._windows[index]
+        self.programs_queued += 1
         return self._programs[bucket, index, form](step, **inputs)
 
     def sample(self, bucket: Bucket, logits: jax.Array) -> jax.Array:
         """int32[rows]: the next token of each row."""
+        self.programs_queued += 1
         return self._compilations["sample", max(bucket[0], SMALLEST_BATCH)](logits)
 
     def no_tokens(self) -> jax.Array:

@@ -52,7 +52,7 @@ class DisaggregatedRunner:
         self._compute, self._exchange, self._overlap = compute, exchange, overlap
         self._last: dict[int, jax.Array] = {}
         self._no_tokens = compute.no_tokens()
-        self._steps, self._programs, self._seconds = 0, 0, 0.0
+        self._steps, self._seconds = 0, 0.0
 
     def dispatch(self, plan: StepPlan) -> list[_InFlight]:
         started = time.perf_counter()
@@ -69,7 +69,7 @@ class DisaggregatedRunner:
     def stats(self) -> dict[str, Any]:
         steps, wire = max(self._steps, 1), self._exchange.wire
         return {
-            "programs_per_step": self._programs / steps,
+            "programs_per_step": (self._compute.programs_queued + self._exchange.programs_queued) / steps,
             "dispatch_microseconds_per_step": 1e6 * self._seconds / steps,
             "wire_bytes_per_step": wire.tensor_bytes / steps,
             "wire_messages_per_step": wire.messages / steps,

@@ -56,6 +56,8 @@ class Exchange(Protocol):
     """A way between the meshes."""
 
     wire: WireCount
+    programs_queued: int
+    """Programs that this process has queued for the memory side."""
 
     def begin(self, plan: MicrobatchPlan) -> StepExchange:
         """Tell every worker the step's pages, slots and lengths."""

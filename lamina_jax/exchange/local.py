@@ -21,7 +21,7 @@ class LocalExchange:
 
     def __init__(self, shards: Sequence[AttentionShard], compute: Sharding) -> None:
         self.shards, self.compute = tuple(shards), compute
-        self.wire = WireCount()
+        self.wire, self.programs_queued = WireCount(), 0
 
     def begin(self, plan: MicrobatchPlan) -> LocalStep:
         metadata = [shard.begin(plan) for shard in self.shards]
@@ -62,6 +62,7 @@ class LocalStep:
 
     def _out(self, shard: AttentionShard, array: jax.Array) -> jax.Array:
         self._exchange.wire.add(array)
+        self._exchange.programs_queued += 1  # each message to a shard is one program's input
         return jax.device_put(array, shard.device)
 
     def _back(self, message: jax.Array) -> jax.Array:

@@ -99,15 +99,20 @@ def test_wire_bytes_equal_the_formula(
 
     layers, heads, width, item = TINY.num_layers, TINY.num_heads, TINY.num_heads * TINY.head_dim, 4
     kv = 2 * width * TINY.num_kv_heads / heads
-    total = messages = 0.0
+    total = messages = programs = 0.0
     for batch in (batch for plan in plans for batch in plan.microbatches):
         rows = batch.bucket[0] * batch.bucket[1]
         sent = kv if batch.kind == "prefill" else 2 * width + kv
         total += layers * rows * (sent * item + (4 * heads if batch.kind == "decode" else 0))
         messages += layers * 2 * ({"on": 3, "off": 2}[overlap] if batch.kind == "decode" else 1)
+        # A slice of two stages is two programs, a message to a worker one; then the last slice and the
+        # sampler, and what feeds the tokens back.
+        two = batch.kind == "decode" and overlap == "on"
+        programs += layers * (6 if two else 3) + (3 if batch.kind == "decode" else 2)
     stats = llm.stats()
     assert stats["wire_bytes_per_step"] * stats["steps"] == pytest.approx(total)
     assert stats["wire_messages_per_step"] * stats["steps"] == pytest.approx(messages)
+    assert stats["programs_per_step"] * stats["steps"] == pytest.approx(programs)
 
 
 def test_bfloat16_pages_hold_what_was_appended(tmp_path: Path, prompts: list[list[int]]) -> None:
