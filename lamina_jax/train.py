@@ -1,6 +1,6 @@
 """`python -m lamina_jax.train`: makes the bundled model, or prints how well a model recalls.
 
-    python -m lamina_jax.train --out DIR                   train (about two CPU hours) and write DIR
+    python -m lamina_jax.train --out DIR                   train (45 minutes) and write DIR
     python -m lamina_jax.train --out DIR --export          write DIR from the newest checkpoint
     python -m lamina_jax.train --evaluate DIR              print the recall of the model in DIR
 
@@ -12,6 +12,7 @@ on from its newest checkpoint; time that no process ran does not count.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,8 +137,9 @@ def plain_lines(console: Console) -> Callable[[Report], None]:
 
 def describe(report: Report) -> str:
     done = report.progress
+    recall = "none asked" if math.isnan(report.recall) else f"{report.recall:.0%}"
     return (
-        f"step {done.step} length {report.length} loss {report.loss:.3f} recall {report.recall:.0%} "
+        f"step {done.step} length {report.length} loss {report.loss:.3f} recall {recall} "
         f"lr {report.learning_rate:.1e} {done.tokens / max(done.seconds, 1e-9):.0f} tokens/s"
     )
 

@@ -84,7 +84,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Report:
-    """After a step: its phase's length, the loss, the share of asked tokens it got right, the rate."""
+    """After a step: the length of its phase, the loss, the rate, and the share of asked tokens it got right
+    (NaN where none was asked)."""
 
     progress: Progress
     length: int
@@ -209,9 +210,11 @@ def _make_step(model: nnx.Module, hyper: Hyperparameters) -> Callable[..., Any]:
 def weighted_loss(
     logits: Float[Array, "B S V"], targets: Int[Array, "B S"], weights: Float[Array, "B S"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The weighted mean cross entropy in nats, and the share of asked tokens that are the best guess."""
+    """The weighted mean cross entropy in nats, and the share of asked tokens that are the best guess.
+
+    The share is NaN where nothing is asked.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     right = (jnp.argmax(logits, axis=-1) == targets) & (weights >= ASKED)
-    asked = jnp.maximum(jnp.sum(weights >= ASKED), 1)
-    recall = jnp.sum(right).astype(jnp.float32) / asked.astype(jnp.float32)
+    recall = jnp.sum(right).astype(jnp.float32) / jnp.sum(weights >= ASKED).astype(jnp.float32)
     return jnp.sum(losses * weights) / jnp.sum(weights), recall

@@ -132,3 +132,4 @@ def test_the_loss_is_the_weighted_mean_and_recall_counts_asked_tokens() -> None:
     expected = -(np.log(0.25) + ASKED * np.log(0.8) + ASKED * np.log(0.2)) / (1 + 2 * ASKED)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(recall) == 0.5
+    assert np.isnan(weighted_loss(logits, targets, jnp.ones_like(weights))[1])
