@@ -132,7 +132,7 @@ def _disaggregated(
         jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
         for shard in shards:
             jobs += shard.jobs(bucket, limits.pages_per_request, cached=cached, overlap=limits.overlap)
-    runner = DisaggregatedRunner(compute, LocalExchange(shards, place), overlap=limits.overlap)
+    runner = DisaggregatedRunner(compute, LocalExchange(shards, devices.compute[0]), overlap=limits.overlap)
     return runner, [pages for shard in shards for pages in shard.pages], jobs
 
 

@@ -19,8 +19,13 @@ from lamina_jax.core import MicrobatchPlan, StepPlan
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.pipeline import dispatch_order
 from lamina_jax.engine.programs import Arrays
+from lamina_jax.engine.queue import Queue
 from lamina_jax.exchange.base import Exchange, StepExchange
 from lamina_jax.ops import Part
+
+
+MOST_QUEUED, FEWEST_QUEUED = 12, 3
+"""Slices, of at most two programs each; see `lamina_jax.engine.queue`."""
 
 
 @dataclass
@@ -50,6 +55,7 @@ class DisaggregatedRunner:
 
     def __init__(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> None:
         self._compute, self._exchange, self._overlap = compute, exchange, overlap
+        self._queue = Queue(MOST_QUEUED, FEWEST_QUEUED)
         self._last: dict[int, jax.Array] = {}
         self._no_tokens = compute.no_tokens()
         self._steps, self._seconds = 0, 0.0
@@ -105,3 +111,4 @@ class DisaggregatedRunner:
             out = run(bucket, index, "whole", step, **before)
             (batch.exchange.send_all if batch.cached else batch.exchange.send_kv)(index, out.sent)
         batch.local, batch.carried = out.local, out.carried
+        self._queue.add(out.local[1])

@@ -131,22 +131,27 @@ class GatedMLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-Rotation = tuple[Float[Array, "T h"], Float[Array, "T h"]]
-"""cos and sin of each position's angles, float32[T, H / 2]."""
+Rotation = tuple[Float[Array, "T H"], Float[Array, "T H"]]
+"""cos and signed sin of each position's angles, float32[T, H]: `rotate` needs no more than two products."""
 
 
 def rotation(positions: Int[Array, " T"], config: RopeConfig, head_dim: int) -> Rotation:
-    """The rotary embedding's cos and sin at `positions`."""
+    """The rotary embedding's cos and sin at `positions`.
+
+    Both halves of a head are written out: XLA on a CPU fuses cos and sin into every user, and would
+    compute them anew for each head, but not what is concatenated.
+    """
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(config, head_dim))[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate((cos, cos), axis=-1), jnp.concatenate((-sin, sin), axis=-1)
 
 
 def rotate(x: Float[Array, "T N H"], by: Rotation) -> Float[Array, "T N H"]:
     """Rotate pairs (i, i + H/2) of each head, in float32."""
     cos, sin = (part[:, None, :] for part in by)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    swapped = jnp.roll(x32, x.shape[-1] // 2, axis=-1)
+    return (x32 * cos + swapped * sin).astype(x.dtype)
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
