@@ -57,19 +57,33 @@ class DisaggregatedRunner:
         self._compute, self._exchange, self._overlap = compute, exchange, overlap
         self._queue = Queue(MOST_QUEUED, FEWEST_QUEUED)
         self._last: dict[int, jax.Array] = {}
+        self._unfinished: dict[int, _InFlight] = {}
         self._no_tokens = compute.no_tokens()
         self._steps, self._seconds = 0, 0.0
 
     def dispatch(self, plan: StepPlan) -> list[_InFlight]:
+        """Queue a step but for its last slices: those wait for the next step, whose first slice joins
+        them microbatch by microbatch, so that the memory mesh has work meanwhile."""
         started = time.perf_counter()
-        batches = {batch.microbatch: self._begin(batch) for batch in plan.microbatches}
-        for index, microbatch, _ in dispatch_order(tuple(batches), self._compute.num_slices, replicas=1):
-            self._run_slice(batches[microbatch], index)
+        order = [batch.microbatch for batch in plan.microbatches]
+        batches: dict[int, _InFlight] = {}
+        for batch in plan.microbatches:
+            self._finish(batch.microbatch)
+            batches[batch.microbatch] = self._begin(batch)
+            self._run_slice(batches[batch.microbatch], 0)
+        for microbatch in list(self._unfinished):
+            self._finish(microbatch)
+        for index, microbatch, _ in dispatch_order(order, self._compute.num_slices - 2, replicas=1):
+            self._run_slice(batches[microbatch], index + 1)
+        self._unfinished = dict(batches)
         self._steps += 1
         self._seconds += time.perf_counter() - started
         return list(batches.values())
 
     def read(self, step: list[_InFlight]) -> list[np.ndarray]:
+        for batch in step:
+            if self._unfinished.get(batch.plan.microbatch) is batch:
+                self._finish(batch.plan.microbatch)
         return [np.asarray(batch.sampled)[: batch.plan.bucket[0]] for batch in step]
 
     def stats(self) -> dict[str, Any]:
@@ -90,6 +104,16 @@ class DisaggregatedRunner:
         last = self._last.get(plan.microbatch, self._no_tokens)
         return _InFlight(plan, self._compute.begin(plan, last), self._exchange.begin(plan))
 
+    def _finish(self, microbatch: int) -> None:
+        """Queue the last slice and the sampler of a microbatch's step before, if that has not been done."""
+        batch = self._unfinished.pop(microbatch, None)
+        if batch is None:
+            return
+        self._run_slice(batch, self._compute.num_slices - 1)
+        if batch.cached:
+            assert batch.sampled is not None
+            self._last[microbatch] = batch.sampled
+
     def _run_slice(self, batch: _InFlight, index: int) -> None:
         """Queue one slice: merge what came back from the layer before, send what the next one needs."""
         before: dict[str, Any] = {}
@@ -99,8 +123,6 @@ class DisaggregatedRunner:
         run, bucket, step = self._compute.run, batch.plan.bucket, batch.step
         if index == self._compute.num_slices - 1:
             batch.sampled = self._compute.sample(bucket, run(bucket, index, "last", step, **before))
-            if batch.cached:
-                self._last[batch.plan.microbatch] = batch.sampled
             return
         if batch.cached and self._overlap:
             query = run(bucket, index, "query", step, **before)
