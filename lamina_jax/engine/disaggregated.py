@@ -23,7 +23,6 @@ from lamina_jax.engine.queue import Queue
 from lamina_jax.exchange.base import Exchange, StepExchange
 from lamina_jax.ops import Part
 
-
 MOST_QUEUED, FEWEST_QUEUED = 12, 3
 """Slices, of at most two programs each; see `lamina_jax.engine.queue`."""
 
