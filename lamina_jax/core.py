@@ -6,48 +6,142 @@ server exchange these objects, and they can cross a process boundary as they are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
+MAX_LOGPROBS = 20
+"""Most alternatives that are told beside a token."""
+
+MAX_LOGIT_BIAS = 300
+"""Most entries of `SamplingParams.logit_bias`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the continuation of one prompt is chosen. Decoding is greedy: `temperature` must be 0.
+    """How the continuations of one prompt are chosen (vLLM's names and defaults).
+
+    The order is: penalties, bias, temperature, then top-k, top-p and min-p among what is left.
 
     Args:
+        n: continuations of the prompt.
         max_tokens: at most so many tokens are generated (at least 1).
-        temperature: 0 is greedy; any other value is refused until sampling is supported.
+        min_tokens: no end id and no stop string ends the generation before so many.
+        temperature: 0 is greedy.
+        top_k: the most probable k tokens; 0 or -1 takes all.
+        top_p: the most probable tokens whose probabilities reach p in sum; in (0, 1].
+        min_p: tokens at least so probable as a share of the most probable one; in [0, 1].
+        seed: the same seed gives the same tokens in any batch; None draws one.
+        presence_penalty, frequency_penalty: subtracted from the logit of each generated token, once, or
+            as often as it occurred; in [-2, 2].
+        repetition_penalty: divides the positive logits of tokens in prompt and continuation, and
+            multiplies their negative ones; 1 does nothing.
+        logit_bias: added to the logits of these token ids; in [-100, 100], at most `MAX_LOGIT_BIAS`.
+        logprobs: tell each token's log-probability under the model and that many alternatives
+            (0 .. `MAX_LOGPROBS`), before penalties, bias and temperature; None tells nothing.
+        prompt_logprobs: the same for each prompt token but the first.
+        stop: strings that end the generation, and are not part of its text.
         stop_token_ids: generation ends when one of these is chosen, beside the model's own end ids.
         ignore_eos: the model's own end ids do not end the generation.
+
+    Raises:
+        TypeError, ValueError: a value that cannot be obeyed, by its name.
     """
 
+    n: int = 1
     max_tokens: int = 16
-    temperature: float = 0.0
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int):
-            raise TypeError(f"max_tokens must be an int, got {self.max_tokens!r}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature != 0:
+        _integer("n", self.n, 1, 128)
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("temperature", self.temperature, 0, 100)
+        _integer("top_k", self.top_k, -1)
+        _number("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise ValueError("top_p must be above 0: use temperature=0 for greedy decoding")
+        _number("min_p", self.min_p, 0, 1)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100)
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be above 0")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(
-                f"temperature={self.temperature} is not supported yet: decoding is greedy, use temperature=0"
+                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS} are taken"
             )
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias token", token, 0)
+            _number("logit_bias", bias, -100, 100)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise TypeError(f"stop must be non-empty strings, got {text!r}")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise TypeError(f"stop_token_ids must be non-negative ints, got {token!r}")
+            _integer("stop_token_ids", token, 0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing but the best logit decides."""
+        return self.temperature == 0
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalised
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens weigh on the next."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"in {least} .. {most}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def _number(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value <= most:  # also refuses NaN
+        raise ValueError(f"{name} must be in {least} .. {most}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to be continued.
+    """One continuation of one prompt.
 
     Args:
         request_id: unique among the requests that the engine holds.
@@ -55,6 +149,8 @@ class Request:
         sampling: how to continue it.
         stop_token_ids: every token id that ends this request (the model's own end ids included,
             unless `sampling.ignore_eos`); filled in by the engine.
+        seed: 64 bits: `sampling.seed`, or one that the engine has drawn.
+        choice: which of the prompt's `sampling.n` continuations this is; it takes part in the seed.
         prompt: the text that the ids come from, if they come from text.
     """
 
@@ -62,7 +158,81 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    choice: int = 0
     prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitEdits:
+    """What changes the logits of rows before a token is chosen. U is the longest history.
+
+    Attributes:
+        history: int32[B, U]: the tokens so far but for this step's own input: prompt tokens as their
+            id, generated ones as id + V, -1 behind them. Empty rows where nothing is penalised.
+        presence, frequency, repetition: float32[B]: the penalties.
+        bias_ids: int32[B, E]: token ids, V (no token) behind them. E = `MAX_LOGIT_BIAS` + 20.
+        bias: float32[B, E]: added to their logits; -inf bans a token.
+    """
+
+    history: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+    repetition: np.ndarray
+    bias_ids: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRows:
+    """What the sampler is told of each row of a microbatch; padding rows are greedy.
+
+    Attributes:
+        temperature, top_p, min_p: float32[B].
+        top_k: int32[B], 0: all.
+        uniform: float32[B] in [0, 1): one number per (seed, choice, index of the token).
+        edits: where some row edits its logits.
+        logprobs: whether some row is to be told log-probabilities.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    uniform: np.ndarray
+    edits: LogitEdits | None = None
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities under the model of R tokens, and of the best ones in their places.
+
+    Attributes:
+        chosen: float32[R]; ranks: int32[R], 1 is the best.
+        top_ids: int32[R, `MAX_LOGPROBS`]; top: float32[R, `MAX_LOGPROBS`], best first.
+    """
+
+    chosen: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What came of one microbatch in one step.
+
+    Attributes:
+        tokens: int32[B], of rows whose plan asks for a token.
+        logprobs: of those tokens (R = B), where the plan's `sampling` asks for them.
+        prompt_logprobs: of the T prompt tokens that follow the step's tokens (R = T), where the plan's
+            `prompt_targets` asks for them.
+    """
+
+    tokens: np.ndarray
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +245,8 @@ class MicrobatchPlan:
 
     Attributes:
         microbatch: decode microbatches are 0 .. n-1; a prefill microbatch is n.
-        kind: "decode" (Q = 1, merges a cached part) or "prefill" (no cached part).
+        kind: "decode" (Q = 1) or "prefill" (chunks of prompts).
+        cached: whether some row has cached tokens, so that there is a cached part to merge.
         request_ids: the request of each live row.
         tokens: int32[B, Q]: new tokens, as far as the host knows them.
         feedback: int32[B]: the row of this microbatch's previous step whose sampled token is this
@@ -89,6 +260,10 @@ class MicrobatchPlan:
         slots: int32[B, Q]: page * p + offset where each new token's k and v are kept; padding holds
             num_pages * p, which is out of range and dropped.
         logits_at: int32[B]: index into T of the token whose logits choose the row's next token.
+        samples: bool[B]: the rows that get a new token: those whose prompt ends here.
+        sampling: how, where some row is not greedy or wants more than its token; None: all greedy.
+        prompt_targets: int32[T]: the prompt token that follows each new token, where some row is to be
+            told the log-probabilities of its prompt; -1 where there is none.
     """
 
     microbatch: int
@@ -102,6 +277,10 @@ class MicrobatchPlan:
     page_index: np.ndarray
     slots: np.ndarray
     logits_at: np.ndarray
+    cached: bool
+    samples: np.ndarray
+    sampling: SamplingRows | None = None
+    prompt_targets: np.ndarray | None = None
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -119,33 +298,57 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEvent:
-    """The scheduler's word on one request after a step: the token it got, and whether it ended."""
+    """The scheduler's word on one request after a step: the token it got, and whether it ended.
+
+    `token_id` is None for a chunk of a prompt that does not end it. `microbatch` and `row` say where in
+    the step's plan the request is.
+    """
 
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None = None
+    microbatch: int = 0
+    row: int = 0
+
+
+class Logprob(NamedTuple):
+    """One token's log-probability under the model, and its rank (1 is the best)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]
+"""By token id: the token itself, and the best ones."""
 
 
 @dataclass(kw_only=True)
 class CompletionOutput:
     """One continuation of a prompt. `finish_reason` is None while it is being generated.
 
-    `stop_reason` is the token id that ended it, where one of `stop_token_ids` did.
+    `stop_reason` is the token id or the string that ended it, where one of `stop_token_ids` or `stop` did.
+    `logprobs` holds one entry per token where they were asked for.
     """
 
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations so far (in vLLM's shape)."""
+    """A prompt and its continuations so far, in the order of their index (in vLLM's shape).
+
+    `prompt_logprobs` holds one entry per prompt token where they were asked for; the first is None.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[Logprobs | None] | None = None

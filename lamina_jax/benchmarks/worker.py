@@ -86,6 +86,8 @@ def decode_plans(config: SchedulerConfig, batch: int, context: int) -> tuple[Mic
                 page_index=np.tile(np.arange(width, dtype=np.int32), (bucket, 1)),
                 slots=np.where(lengths > 0, slots, config.padding_slot).astype(np.int32)[:, None],
                 logits_at=np.arange(bucket, dtype=np.int32),
+                cached=True,
+                samples=np.arange(bucket) < rows,
             )
         )
     return tuple(plans)

@@ -106,6 +106,8 @@ class DecodeRows:
             page_index=self._page_index[:rows],
             slots=self._slots(live, rows),
             logits_at=self._rows[:rows],
+            cached=True,
+            samples=self._rows[:rows] < live,
         )
         self._context_lens[:live] += 1
         self._tokens[:live] = 0
@@ -164,6 +166,8 @@ def plan_prefill(
         page_index=_page_places(rows, config),
         slots=slots,
         logits_at=logits_at,
+        cached=False,
+        samples=np.arange(rows) < len(requests),
     )
 
 
