@@ -22,7 +22,8 @@ class EngineConfig:
         model: a Hugging Face folder, or "bundled".
         placement: "disaggregated" (layers on the compute mesh, attention and KV cache on the memory
             mesh) or "collocated" (one program per step on the compute mesh).
-        dtype: of weights, activations and KV cache; "auto" takes the checkpoint's.
+        dtype: of weights and activations; "auto" takes the checkpoint's (bfloat16 for float16).
+        kv_dtype: of the KV pages; "auto" takes that of the activations.
         max_model_len: longest prompt + continuation in tokens; None takes the model's own limit.
         max_num_seqs: requests decoded at once.
         max_prefill_tokens: longest prompt of one prefill microbatch; None takes
@@ -39,6 +40,7 @@ class EngineConfig:
     model: str = "bundled"
     placement: Literal["disaggregated", "collocated"] = "disaggregated"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
     max_prefill_tokens: int | None = None
@@ -53,6 +55,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("placement", self.placement, ("disaggregated", "collocated"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
         _one_of("microbatches", self.microbatches, ("auto", 1, 2))
         _one_of("overlap", self.overlap, ("auto", "on", "off"))
         for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "page_size", "num_pages"):

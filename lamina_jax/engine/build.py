@@ -65,7 +65,8 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
     limits = resolve_limits(config, shape.max_position, share_silicon=devices.share_silicon)
     mesh = Mesh(np.array(devices.compute), ("tensor",))
     report("loading weights", 0, 0)
-    model = build(shape, _storage(config, shape, devices))
+    storage = _storage(config, shape, devices)
+    model = build(shape, storage)
     load_model(folder, model, lambda spec, array: jax.device_put(array, _sharding(spec, mesh)))
     tokenizer = load_tokenizer(folder)
 
@@ -80,7 +81,8 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
         num_kv_heads=shape.num_kv_heads,
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
-        dtype=str(_storage(config, shape, devices).dtype),
+        dtype=str(storage.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
+        wire_dtype=str(storage.dtype),
     )
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     budget = plan_budget(
@@ -154,7 +156,7 @@ def _collocated(
 def _buckets(limits: Limits) -> list[tuple[Bucket, bool]]:
     """Every (B, Q), and whether it has a cached part."""
     decode = [((rows, 1), True) for rows in limits.decode_buckets]
-    return decode + [(bucket, False) for bucket in limits.prefill_buckets]
+    return decode + [(bucket, cached) for bucket in limits.prefill_buckets for cached in (False, True)]
 
 
 def _devices_of(arrays: Sequence[jax.Array]) -> list[str]:

@@ -57,7 +57,7 @@ class CollocatedRunner:
         self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
         self._weights = tuple(jax.tree.leaves(params))
         self.pages = self._zero_pages()
-        self._programs: dict[Bucket, Compilation] = {}
+        self._programs: dict[tuple[Bucket, bool], Compilation] = {}
         self._no_tokens = jax.device_put(np.zeros(rows, np.int32), self._replicated)
         self._last: dict[int, jax.Array] = {}
         self._steps, self._programs_queued, self._seconds = 0, 0, 0.0
@@ -98,7 +98,8 @@ class CollocatedRunner:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
         sliced = self._sliced.at(self._params, *step_shapes(bucket))
-        step = partial(_step, sliced, bucket, self._attend if cached else None, self._rows)
+        attend = self._attend if cached else None
+        step = partial(_step, sliced, bucket, attend, self._rows, self._geometry.dtype)
         inputs = (
             [like(pages) for pages in self.pages],
             tuple(like(weight) for weight in self._weights),
@@ -108,13 +109,13 @@ class CollocatedRunner:
             struct(max(rows, SMALLEST_BATCH)),
             metadata_shapes(bucket, self._pages_per_request, self._replicated),
         )
-        self._programs[bucket] = Compilation(step, inputs, donate=(0,))
-        yield f"step {bucket}", self._programs[bucket].compile
+        program = self._programs[bucket, cached] = Compilation(step, inputs, donate=(0,))
+        yield f"step {bucket}", program.compile
 
     def _run(self, plan: MicrobatchPlan) -> jax.Array:
         host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), metadata_of(plan))
         last = self._last.get(plan.microbatch, self._no_tokens)
-        program = self._programs[plan.bucket]
+        program = self._programs[plan.bucket, plan.cached]
         self.pages, sampled = program(
             self.pages, self._weights, last, *jax.device_put(host, self._replicated)
         )
@@ -156,6 +157,7 @@ def _step(
     bucket: Bucket,
     attend: Callable[..., Part] | None,
     rows: int,
+    kv_dtype: str,
     pages: list[jax.Array],
     weights: Arrays,
     last: jax.Array,
@@ -165,7 +167,7 @@ def _step(
     meta: StepMetadata,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The pages after the step, and the sampled tokens int32[rows]."""
-    if attend is not None:
+    if attend is not None and bucket[1] == 1:
         tokens = feed_tokens(last, feedback, tokens)
     arguments = (*weights, tokens, meta.positions.reshape(-1), logits_at)
     values: dict[Port, jax.Array] = {Port("argument", i): array for i, array in enumerate(arguments)}
@@ -174,7 +176,7 @@ def _step(
         stage = sliced.slices[layer].fused
         out = dict(zip(stage.outputs, stage.fn(*map(values.__getitem__, stage.inputs)), strict=True))
         q, k, v = (x.reshape(*bucket, *x.shape[1:]) for x in (out[Port("q")], out[Port("k")], out[Port("v")]))
-        flat_k, flat_v = out[Port("k")], out[Port("v")]
+        flat_k, flat_v = out[Port("k")].astype(kv_dtype), out[Port("v")].astype(kv_dtype)
         pages[layer] = append_kv(pages[layer], flat_k, flat_v, meta.slots.reshape(-1))
         window = jnp.int32(attention.window)
         parts = [local_part(q, k, v, scale=attention.scale, window=window, softcap=attention.softcap)]

@@ -6,14 +6,15 @@ partitioned by KV head over the devices of the memory mesh (paper 5).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
     """L layers, P pages, p tokens per page, K KV heads and N query heads of size H.
 
-    `dtype` is the logical dtype of k and v: "float32" or "bfloat16".
+    `dtype` is the logical dtype of k and v in the pages, `wire_dtype` that of q, k, v and o as they come
+    and go (the activations'): "float32" or "bfloat16".
     """
 
     num_layers: int
@@ -23,6 +24,7 @@ class CacheGeometry:
     num_heads: int
     head_dim: int
     dtype: str
+    wire_dtype: str
 
     @property
     def bytes_per_page(self) -> int:
@@ -39,15 +41,7 @@ class CacheGeometry:
 
     def share(self, workers: int) -> CacheGeometry:
         """The geometry of one of `workers` equal shares of the heads."""
-        return CacheGeometry(
-            num_layers=self.num_layers,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            num_kv_heads=self.num_kv_heads // workers,
-            num_heads=self.num_heads // workers,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-        )
+        return replace(self, num_kv_heads=self.num_kv_heads // workers, num_heads=self.num_heads // workers)
 
 
 @dataclass(frozen=True)

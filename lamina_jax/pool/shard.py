@@ -98,7 +98,8 @@ class AttentionShard:
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         kv = self._struct((*bucket, 2 * self.geometry.num_kv_heads, self.geometry.head_dim))
-        return Compilation(_append, (self._pages_struct(), meta.slots, kv), donate=(0,))
+        append = partial(_append, dtype=self.geometry.dtype)
+        return Compilation(append, (self._pages_struct(), meta.slots, kv), donate=(0,))
 
     def _attend_program(
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata
@@ -112,11 +113,12 @@ class AttentionShard:
         inputs = (self._pages_struct(), window, meta, message)
         if name == "attend":
             return Compilation(attend, inputs)
-        both = partial(_append_and_attend, num_heads=g.num_heads, cached_part=attend)
+        append = partial(_append, dtype=g.dtype)
+        both = partial(_append_and_attend, num_heads=g.num_heads, append=append, cached_part=attend)
         return Compilation(both, inputs, donate=(0,))
 
     def _struct(self, dims: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(self.geometry.dtype), sharding=self._place)
+        return jax.ShapeDtypeStruct(dims, jnp.dtype(self.geometry.wire_dtype), sharding=self._place)
 
     def _pages_struct(self) -> jax.ShapeDtypeStruct:
         pages = self._pages[0]
@@ -156,8 +158,8 @@ def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
     return [zeros() for _ in range(g.num_layers)]
 
 
-def _append(pages: jax.Array, slots: jax.Array, kv: jax.Array) -> jax.Array:
-    tokens = kv.reshape(-1, *kv.shape[2:])
+def _append(pages: jax.Array, slots: jax.Array, kv: jax.Array, *, dtype: str) -> jax.Array:
+    tokens = kv.reshape(-1, *kv.shape[2:]).astype(dtype)
     k, v = jnp.split(tokens, 2, axis=1)
     return append_kv(pages, k, v, slots.reshape(-1))
 
@@ -195,9 +197,10 @@ def _append_and_attend(
     qkv: jax.Array,
     *,
     num_heads: int,
+    append: Callable[..., jax.Array],
     cached_part: Callable[..., jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
     # lie beyond context_lens, so the cached part does not see them.
-    pages = _append(pages, meta.slots, qkv[:, :, num_heads:])
+    pages = append(pages, meta.slots, qkv[:, :, num_heads:])
     return pages, cached_part(pages, window, meta, qkv[:, :, :num_heads])
