@@ -83,7 +83,7 @@ class FakeRunner:
     def _run_microbatch(self, plan: MicrobatchPlan) -> np.ndarray:
         chosen = np.full(plan.bucket[0], -1, np.int32)
         for row, request_id in enumerate(plan.request_ids):
-            if plan.kind == "prefill":
+            if plan.kind == "prefill" and not plan.context_lens[row]:
                 self._num_owners += 1
                 self._owners[request_id] = self._num_owners
             cached = self._read(plan, row)

@@ -37,7 +37,7 @@ _prepare_jax()
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook(["lamina_jax", "pallas_kernels"], "beartype.beartype")
+install_import_hook(["lamina_jax", "pallas_kernels"], "typechecker.check")
 
 # One slow core must not make a property flaky.
 settings.register_profile("lamina", deadline=None)

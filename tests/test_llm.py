@@ -17,13 +17,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def one(llm: LLM, prompt: list[int], **params: object) -> RequestOutput:
-    (output,) = llm.generate(prompt, SamplingParams(**params))
+    (output,) = llm.generate(prompt, SamplingParams(**({"temperature": 0} | params)))
     return output
 
 
 def test_outputs_have_the_shape_that_vllm_users_know(llm: LLM) -> None:
     first, second = llm.generate(
-        [[1, 2, 3], [4]], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=5)]
+        [[1, 2, 3], [4]], [SamplingParams(max_tokens=3, temperature=0), SamplingParams(max_tokens=5, temperature=0)]
     )
     assert first.prompt_token_ids == [1, 2, 3]
     assert first.finished
@@ -62,7 +62,7 @@ def test_a_prompt_that_cannot_be_served_is_refused_and_nothing_is_lost(
 ) -> None:
     expected = one(llm, [5, 6], max_tokens=4).outputs[0].token_ids
     with pytest.raises(ValueError, match=words):
-        llm.generate([[5, 6], prompt], SamplingParams(max_tokens=4))  # type: ignore[list-item]
+        llm.generate([[5, 6], prompt], SamplingParams(max_tokens=4, temperature=0))  # type: ignore[list-item]
     stats = llm.stats()
     assert stats["pages_free"] == stats["pages_total"]
     assert stats["requests_running"] == stats["requests_waiting"] == 0
@@ -71,7 +71,7 @@ def test_a_prompt_that_cannot_be_served_is_refused_and_nothing_is_lost(
 
 def test_an_abort_gives_the_pages_back_and_the_last_output(llm: LLM) -> None:
     engine = llm.engine
-    engine.submit(Request(request_id="a", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=50)))
+    engine.submit(Request(request_id="a", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=50, temperature=0)))
     for _ in range(6):
         engine.step()
     output = engine.abort("a")
@@ -91,7 +91,7 @@ def test_a_temperature_is_refused_by_name() -> None:
 
 def test_a_number_of_parameters_that_does_not_fit_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 sampling_params"):
-        llm.generate([[1], [2]], [SamplingParams()])
+        llm.generate([[1], [2]], [SamplingParams(temperature=0)])
 
 
 def test_a_model_that_is_not_there_is_named() -> None:

@@ -77,7 +77,7 @@ def test_the_wheel_works_from_an_empty_directory(python: Path, tmp_path: Path) -
     code = f"""
 import lamina_jax
 llm = lamina_jax.LLM({str(case)!r}, max_model_len=32, max_num_seqs=1, num_pages=4)
-(output,) = llm.generate([1, 2, 3], lamina_jax.SamplingParams(max_tokens=2, ignore_eos=True))
+(output,) = llm.generate([1, 2, 3], lamina_jax.SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
 print(len(output.outputs[0].token_ids), lamina_jax.__file__)
 """
     count, file = run(python, "-c", code, cwd=tmp_path).split(maxsplit=1)

@@ -57,7 +57,7 @@ class ComputeSide:
         self._windows = [jax.device_put(np.int32(window), place) for window in programs.windows_of(sliced)]
         self.programs_queued = 0
         self._compilations: dict[Hashable, Compilation] = {}
-        self._programs: dict[tuple[Bucket, int, Form], Program] = {}
+        self._programs: dict[tuple[Bucket, bool, int, Form], Program] = {}
 
     # What a step does -------------------------------------------------------------------------------
 
@@ -78,12 +78,12 @@ class ComputeSide:
             tokens = self._compilations["feed", plan.bucket](last, feedback, tokens)
         return tokens, positions, logits_at
 
-    def run(self, bucket: Bucket, index: int, form: Form, step: Arrays, **inputs: Any) -> Any:
+    def run(self, plan: MicrobatchPlan, index: int, form: Form, step: Arrays, **inputs: Any) -> Any:
         """Queue slice `index` in one of its forms; see `lamina_jax.engine.programs` for what it returns."""
         if form in ("rest", "whole"):
             inputs["window"] = self._windows[index]
         self.programs_queued += 1
-        return self._programs[bucket, index, form](step, **inputs)
+        return self._programs[plan.bucket, plan.cached, index, form](step, **inputs)
 
     def sample(self, bucket: Bucket, logits: jax.Array) -> jax.Array:
         """int32[rows]: the next token of each row."""
@@ -105,14 +105,15 @@ class ComputeSide:
                 stage, function, inputs = self._describe(sliced, shape, index, form, cached)
                 arguments = self._arguments(stage)
                 key = (form, stage.key, shape, _hashable(inputs), tuple(type(a) is int for a in arguments))
-                yield from self._job(f"slice {index} ({form}) {bucket}", key, function, inputs)
-                self._programs[bucket, index, form] = Program(self._compilations[key], arguments)
+                name = f"slice {index} ({form}) {bucket}"
+                yield from self._job(name, key, function, inputs)
+                self._programs[bucket, cached, index, form] = Program(self._compilations[key], arguments)
 
         (logits,) = sliced.slices[-1].fused.out_avals
         sample = partial(programs.sample_greedy, size=self._rows)
         logits_struct = self._struct(logits.shape, logits.dtype)
         yield from self._job(f"sampler {bucket}", ("sample", logits.shape[0]), sample, logits_struct)
-        if cached:
+        if cached and bucket[1] == 1:
             feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
             yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)
 

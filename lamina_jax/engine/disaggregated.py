@@ -38,10 +38,6 @@ class _InFlight:
     local: Part | None = None
     sampled: jax.Array | None = None
 
-    @property
-    def cached(self) -> bool:
-        return self.plan.kind == "decode"
-
 
 class DisaggregatedRunner:
     """Runs step plans over a compute side and an exchange; see `ModelRunner`.
@@ -83,7 +79,7 @@ class DisaggregatedRunner:
         for batch in step:
             if self._unfinished.get(batch.plan.microbatch) is batch:
                 self._finish(batch.plan.microbatch)
-        return [np.asarray(batch.sampled)[: batch.plan.bucket[0]] for batch in step]
+        return [_tokens(batch) for batch in step]
 
     def stats(self) -> dict[str, Any]:
         steps, wire = max(self._steps, 1), self._exchange.wire
@@ -106,10 +102,10 @@ class DisaggregatedRunner:
     def _finish(self, microbatch: int) -> None:
         """Queue the last slice and the sampler of a microbatch's step before, if that has not been done."""
         batch = self._unfinished.pop(microbatch, None)
-        if batch is None:
+        if batch is None or not batch.plan.samples.any():
             return
         self._run_slice(batch, self._compute.num_slices - 1)
-        if batch.cached:
+        if batch.plan.kind == "decode":
             assert batch.sampled is not None
             self._last[microbatch] = batch.sampled
 
@@ -117,19 +113,25 @@ class DisaggregatedRunner:
         """Queue one slice: merge what came back from the layer before, send what the next one needs."""
         before: dict[str, Any] = {}
         if index:
-            cached = batch.exchange.receive(index - 1) if batch.cached else ()
+            cached = batch.exchange.receive(index - 1) if batch.plan.cached else ()
             before = {"carried": batch.carried, "local": batch.local, "cached": cached}
-        run, bucket, step = self._compute.run, batch.plan.bucket, batch.step
+        plan, run, step = batch.plan, self._compute.run, batch.step
         if index == self._compute.num_slices - 1:
-            batch.sampled = self._compute.sample(bucket, run(bucket, index, "last", step, **before))
+            batch.sampled = self._compute.sample(plan.bucket, run(plan, index, "last", step, **before))
             return
-        if batch.cached and self._overlap:
-            query = run(bucket, index, "query", step, **before)
+        if batch.plan.cached and self._overlap:
+            query = run(plan, index, "query", step, **before)
             batch.exchange.send_query(index, query.sent)
-            out = run(bucket, index, "rest", step, **before, early=query.early, q=query.q)
+            out = run(plan, index, "rest", step, **before, early=query.early, q=query.q)
             batch.exchange.send_kv(index, out.sent)
         else:
-            out = run(bucket, index, "whole", step, **before)
-            (batch.exchange.send_all if batch.cached else batch.exchange.send_kv)(index, out.sent)
+            out = run(plan, index, "whole", step, **before)
+            (batch.exchange.send_all if batch.plan.cached else batch.exchange.send_kv)(index, out.sent)
         batch.local, batch.carried = out.local, out.carried
         self._queue.add(out.local[1])
+
+
+def _tokens(batch: _InFlight) -> np.ndarray:
+    """int32[B]; zeros where no row samples: such a chunk runs no last slice."""
+    rows = batch.plan.bucket[0]
+    return np.zeros(rows, np.int32) if batch.sampled is None else np.asarray(batch.sampled)[:rows]

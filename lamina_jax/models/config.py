@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -25,9 +27,16 @@ class RopeConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder: L layers, D hidden, F feed-forward, N query heads, K KV heads, H head
-    dimension, V vocabulary. `dtype` is that of the checkpoint."""
+    dimension, V vocabulary.
 
-    family: Literal["llama", "qwen3"]
+    Attributes:
+        windows: how many tokens each layer's tokens see, themselves included; None: all. Empty: all
+            layers see all tokens.
+        attention_bias: q, k, v and o have biases, in the families that leave the choice.
+        dtype: of the checkpoint.
+    """
+
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -38,6 +47,7 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
+    windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -23,24 +23,30 @@ from lamina_jax.ops import attention
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, name: str, storage: Storage) -> None:
+    def __init__(self, config: ModelConfig, layer: int, storage: Storage) -> None:
+        name = f"model.layers.{layer}.self_attn"
+        self.window = config.windows[layer] if config.windows else None
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query, kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        bias = config.attention_bias
-        self.q = Linear((hidden, query), ("embed", "heads"), f"{name}.q_proj", storage, bias)
-        self.k = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.k_proj", storage, bias)
-        self.v = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.v_proj", storage, bias)
-        self.o = Linear((query, hidden), ("heads", "embed"), f"{name}.o_proj", storage, bias)
+        qkv_bias, o_bias = self.biases(config)
+        self.q = Linear((hidden, query), ("embed", "heads"), f"{name}.q_proj", storage, qkv_bias)
+        self.k = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.k_proj", storage, qkv_bias)
+        self.v = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.v_proj", storage, qkv_bias)
+        self.o = Linear((query, hidden), ("heads", "embed"), f"{name}.o_proj", storage, o_bias)
 
     def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float[Array, "T D"]:
         q = rotate(self.head_norm("q", self.heads(self.q(x))), turn)
         k = rotate(self.head_norm("k", self.heads(self.k(x))), turn)
         v = self.heads(self.v(x))
-        o = attention(q, k, v, scale=self.head_dim**-0.5)
+        o = attention(q, k, v, scale=self.head_dim**-0.5, window=self.window)
         return self.o(o.reshape(x.shape[0], -1))
 
     def heads(self, x: Float[Array, "T NH"]) -> Float[Array, "T N H"]:
         return x.reshape(x.shape[0], -1, self.head_dim)
+
+    def biases(self, config: ModelConfig) -> tuple[bool, bool]:
+        """Whether q, k and v have biases, and whether o has one."""
+        return config.attention_bias, config.attention_bias
 
     def head_norm(self, which: str, heads: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """For families that normalise queries and keys per head."""
@@ -51,11 +57,11 @@ class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, name: str, storage: Storage, attention_type: type[Attention]
+        self, config: ModelConfig, layer: int, storage: Storage, attention_type: type[Attention]
     ) -> None:
-        norm = (config.hidden_size, "embed")
+        name, norm = f"model.layers.{layer}", (config.hidden_size, "embed")
         self.attention_norm = RMSNorm(*norm, f"{name}.input_layernorm", storage, config.rms_norm_eps)
-        self.attention = attention_type(config, f"{name}.self_attn", storage)
+        self.attention = attention_type(config, layer, storage)
         self.mlp_norm = RMSNorm(*norm, f"{name}.post_attention_layernorm", storage, config.rms_norm_eps)
         self.mlp = GatedMLP(config, f"{name}.mlp", storage)
 
@@ -73,8 +79,7 @@ class Llama(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, "model.embed_tokens", storage)
         self.blocks = nnx.List(
-            Block(config, f"model.layers.{layer}", storage, self.attention_type)
-            for layer in range(config.num_layers)
+            Block(config, layer, storage, self.attention_type) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, "embed", "model.norm", storage, config.rms_norm_eps)
         self.head = (

@@ -12,8 +12,9 @@ from lamina_jax.models.llama import Attention, Llama
 class QKNormAttention(Attention):
     """Attention whose query and key heads pass an RMSNorm before they are rotated."""
 
-    def __init__(self, config: ModelConfig, name: str, storage: Storage) -> None:
-        super().__init__(config, name, storage)
+    def __init__(self, config: ModelConfig, layer: int, storage: Storage) -> None:
+        super().__init__(config, layer, storage)
+        name = f"model.layers.{layer}.self_attn"
         self.q_norm = RMSNorm(self.head_dim, "head_dim", f"{name}.q_norm", storage, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, "head_dim", f"{name}.k_norm", storage, config.rms_norm_eps)
 

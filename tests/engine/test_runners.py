@@ -36,7 +36,7 @@ def expected(checkpoint: str, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=24))
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=24, temperature=0))
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
     return [output.outputs[0].token_ids for output in outputs]
 

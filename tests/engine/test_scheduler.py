@@ -36,7 +36,7 @@ def make_request(request_id, prompt=(1, 2, 3), max_tokens=4, stop=()):
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
         stop_token_ids=frozenset(stop),
     )
 
