@@ -25,7 +25,7 @@ def save_checkpoint(model: nnx.Module, config: ModelConfig, folder: Path) -> Non
     The weights are written beside the final file and moved, so that a reader never sees half.
 
     Raises:
-        ValueError: a rope scaling that this does not write.
+        ValueError: a rope scaling that this does not write, or windows of several lengths.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2) + "\n", encoding="utf-8")
@@ -66,8 +66,22 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope.theta,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.attention_bias or config.family == "qwen2",
         "mlp_bias": config.mlp_bias,
+        **_windows(config),
     }
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
     return values | {key: value for key, value in ids.items() if value is not None}
+
+
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    lengths = {window for window in config.windows if window is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"windows of several lengths, {sorted(lengths)}, are not written")
+    window = lengths.pop() if lengths else None
+    if config.family == "mistral":
+        return {"sliding_window": window}
+    if window is None:
+        return {}
+    types = ["full_attention" if layer is None else "sliding_attention" for layer in config.windows]
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": types}

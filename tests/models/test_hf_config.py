@@ -28,6 +28,8 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
 }
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "tie_word_embeddings": True}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -64,6 +66,58 @@ def test_llama(tmp_path: Path) -> None:
 def test_qwen3_has_heads_of_their_own_size(tmp_path: Path) -> None:
     config = read(tmp_path, QWEN3 | {"use_sliding_window": False, "sliding_window": 4096})
     assert (config.family, config.head_dim, config.tie_embeddings) == ("qwen3", 16, True)
+
+
+def test_qwen2_has_biases_on_q_k_and_v(tmp_path: Path) -> None:
+    config = read(tmp_path, QWEN2)
+    assert (config.family, config.attention_bias, config.head_dim, config.windows) == ("qwen2", True, 8, ())
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+IN_USE = {"use_sliding_window": True, "sliding_window": 5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (MISTRAL | {"sliding_window": 5}, (5, 5)),
+        (MISTRAL | {"sliding_window": 5, "layer_types": [SLIDING] * 2}, (5, 5)),
+        (MISTRAL, (4096, 4096)),
+        (MISTRAL | {"sliding_window": None, "layer_types": [FULL] * 2}, ()),
+        (QWEN2 | {"sliding_window": 5, "max_window_layers": 0}, ()),
+        (QWEN2 | IN_USE, ()),
+        (QWEN2 | IN_USE | {"max_window_layers": 0}, (5, 5)),
+        (QWEN2 | IN_USE | {"max_window_layers": 1}, (None, 5)),
+        (QWEN3 | IN_USE | {"max_window_layers": 1}, (None, 5)),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, (None, 4096)),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1}, ()),
+        (QWEN2 | IN_USE | {"layer_types": [SLIDING, FULL], "max_window_layers": 1}, (5, None)),
+    ],
+)
+def test_windows_of_layers(tmp_path: Path, keys: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+    """The values are those of transformers; absent and null differ."""
+    assert read(tmp_path, keys).windows == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (MISTRAL | {"sliding_window": 0}, "sliding_window = 0, expected a positive"),
+        (MISTRAL | {"layer_types": [FULL, SLIDING]}, "layer_types = .*'sliding_attention' for every layer"),
+        (MISTRAL | {"sliding_window": None, "layer_types": [SLIDING] * 2}, "layer_types = .*no window"),
+        (MISTRAL | {"attention_bias": True}, "attention_bias = True, expected false, as mistral has it"),
+        (QWEN2 | {"attention_bias": False}, "attention_bias = False, expected true, as qwen2 has it"),
+        (QWEN2 | {"mlp_bias": True}, "mlp_bias = True"),
+        (QWEN2 | IN_USE | {"max_window_layers": -1}, "max_window_layers = -1, expected a number of layers"),
+        (QWEN2 | IN_USE | {"layer_types": [SLIDING]}, "layer_types = .*each of 2 layers"),
+        (QWEN2 | IN_USE | {"layer_types": [SLIDING, "chunked_attention"]}, "layer_types = .*chunked"),
+        (QWEN2 | {"layer_types": [FULL, SLIDING]}, "layer_types = .*no window is in use"),
+        (LLAMA | IN_USE, "sliding_window = 5.*use_sliding_window to false"),
+    ],
+)
+def test_windows_and_biases_that_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json.*" + message):
+        read(tmp_path, keys)
 
 
 def test_null_is_absent_and_num_key_value_heads_defaults_to_the_query_heads(tmp_path: Path) -> None:
@@ -132,7 +186,7 @@ def test_the_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "architecture": ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM, Qwen3"),
+    "architecture": ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM, Mistral"),
     "no architecture": ({"architectures": None}, "architectures is missing"),
     "missing key": ({"hidden_size": None}, "hidden_size is missing"),
     "text for a number": ({"vocab_size": "128"}, "vocab_size = '128', expected a value of type int"),
@@ -211,8 +265,11 @@ ANYTHING = st.one_of(
 )  # fmt: skip
 
 
-@given(key=st.sampled_from([*QWEN3, "rope_scaling", "rope_parameters", "layer_types", "quantization_config"]),
-       value=ANYTHING)  # fmt: skip
+MORE_KEYS = ["rope_scaling", "rope_parameters", "layer_types", "quantization_config", "sliding_window",
+             "max_window_layers", "use_sliding_window"]  # fmt: skip
+
+
+@given(key=st.sampled_from([*QWEN3, *MORE_KEYS]), value=ANYTHING)
 def test_any_value_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: object
 ) -> None:
