@@ -28,7 +28,9 @@ def llm(prompts: Answered) -> LLM:
 
 def test_recall_is_that_of_the_plain_model(llm: LLM, prompts: Answered) -> None:
     """An error in attention, paging, partition or merging would show as a wrong answer."""
-    outputs = llm.generate([prompt for prompt, _ in prompts], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    outputs = llm.generate(
+        [prompt for prompt, _ in prompts], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    )
     right = [
         output.outputs[0].token_ids[: len(answer)] == answer
         for output, (_, answer) in zip(outputs, prompts, strict=True)
@@ -46,5 +48,6 @@ def test_it_writes_text(llm: LLM) -> None:
     output = llm.generate("import os\n", SamplingParams(max_tokens=16, temperature=0)).pop().outputs[0]
     assert output.text.strip()
     assert (
-        output.token_ids == llm.generate("import os\n", SamplingParams(max_tokens=16, temperature=0))[0].outputs[0].token_ids
+        output.token_ids
+        == llm.generate("import os\n", SamplingParams(max_tokens=16, temperature=0))[0].outputs[0].token_ids
     )

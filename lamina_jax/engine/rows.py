@@ -1,4 +1,4 @@
-"""The rows of microbatches as arrays: requests on one side, `MicrobatchPlan`s on the other.
+"""The rows of decode microbatches as arrays: requests on one side, `MicrobatchPlan`s on the other.
 
 It owns the layout of rows, positions, slots and feedback. It knows nothing of admission, of when
 pages are taken and given back, of devices or jax.
@@ -6,7 +6,6 @@ pages are taken and given back, of devices or jax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +22,10 @@ class LiveRequest:
         request: what was asked.
         num_pages: pages reserved for it when it is admitted.
         to_plan: tokens that may still be planned.
+        prefilled: prompt tokens that were planned so far.
         to_read: tokens that may still be read; steps in flight make it larger than `to_plan`.
         pages: its pages in order of position.
+        generated: the tokens that were read so far.
         last_step: the last step that names it.
         ended: it is finished or aborted: what steps in flight still bring for it is dropped.
     """
@@ -33,7 +34,9 @@ class LiveRequest:
     num_pages: int
     to_plan: int
     to_read: int
+    prefilled: int = 0
     pages: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     last_step: int = -1
     ended: bool = False
 
@@ -61,7 +64,7 @@ class DecodeRows:
         self._tokens = np.zeros(rows, np.int32)
         self._feedback = np.full(rows, -1, np.int32)
         self._rows = _read_only(np.arange(rows, dtype=np.int32))
-        self._page_index = _read_only(_page_places(rows, config))
+        self._page_index = _read_only(page_places(rows, config))
 
     def join(self, request: LiveRequest, token: int) -> None:
         """Add a row for a request whose prompt is cached and whose next token is known to the host."""
@@ -134,44 +137,7 @@ class DecodeRows:
         return slots
 
 
-def plan_prefill(
-    step: int, requests: Sequence[LiveRequest], bucket: tuple[int, int], config: SchedulerConfig
-) -> MicrobatchPlan:
-    """The whole prompts of `requests`, one a row, in a microbatch of `bucket` = (B, Q)."""
-    rows, width = bucket
-    tokens = np.zeros((rows, width), np.int32)
-    positions = np.zeros((rows, width), np.int32)
-    slots = np.full((rows, width), config.padding_slot, np.int32)
-    block_tables = np.zeros((rows, config.table_width), np.int32)
-    logits_at = np.zeros(rows, np.int32)
-    for row, request in enumerate(requests):
-        prompt = request.request.prompt_token_ids
-        position = np.arange(len(prompt), dtype=np.int32)
-        place, offset = np.divmod(position, config.page_size)
-        block_tables[row, : len(request.pages)] = request.pages
-        tokens[row, : len(prompt)] = prompt
-        positions[row, : len(prompt)] = position
-        slots[row, : len(prompt)] = block_tables[row, place] * config.page_size + offset
-        logits_at[row] = row * width + len(prompt) - 1
-        request.name_in(step)
-    return MicrobatchPlan(
-        microbatch=config.microbatches,
-        kind="prefill",
-        request_ids=tuple(request.request.request_id for request in requests),
-        tokens=tokens,
-        feedback=np.full(rows, -1, np.int32),
-        positions=positions,
-        context_lens=np.zeros(rows, np.int32),
-        block_tables=block_tables,
-        page_index=_page_places(rows, config),
-        slots=slots,
-        logits_at=logits_at,
-        cached=False,
-        samples=np.arange(rows) < len(requests),
-    )
-
-
-def _page_places(rows: int, config: SchedulerConfig) -> np.ndarray:
+def page_places(rows: int, config: SchedulerConfig) -> np.ndarray:
     """int32[rows, M]: 0, 1, 2, ... in every row: one worker holds all pages of a request."""
     return np.tile(np.arange(config.table_width, dtype=np.int32), (rows, 1))
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 
 from lamina_jax.core import FinishReason, MicrobatchPlan, Request, StepPlan, TokenEvent
 from lamina_jax.engine.pages import PagePool
-from lamina_jax.engine.rows import DecodeRows, LiveRequest, plan_prefill
+from lamina_jax.engine.prefill import choose_bucket, plan_prefill
+from lamina_jax.engine.rows import DecodeRows, LiveRequest
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 __all__ = ["Scheduler", "SchedulerConfig"]
@@ -38,7 +38,7 @@ class _StepInFlight:
 class Scheduler:
     """Continuous batching in first-come, first-served order.
 
-    A request waits, is prefilled in one step, and decodes in one microbatch until it ends. It is
+    A request waits, is prefilled in chunks, and decodes in one microbatch until it ends. It is
     admitted when there are pages for all tokens that it can ever cache, so it never has to be put
     off later. `abort` is allowed at any moment. Not safe for use by several threads.
 
@@ -52,6 +52,7 @@ class Scheduler:
         self.pages = PagePool(config.num_pages, config.page_size)
         self._requests: dict[str, LiveRequest] = {}
         self._waiting: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._prefilling: list[LiveRequest] = []
         self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step = 0
@@ -75,8 +76,8 @@ class Scheduler:
         """Queue a request. Its `max_tokens` is clipped to what fits `max_model_len`.
 
         Raises:
-            ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1
-                or `max_prefill_tokens`, or the request needs more pages than the pool has.
+            ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1,
+                or the request needs more pages than the pool has.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
@@ -102,7 +103,7 @@ class Scheduler:
             self._end(self._requests[request_id])
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step: a token for every decode row, and prompts that can be admitted.
+        """Plan the next step: a token for every decode row, and chunks of prompts.
 
         Returns None when there is nothing to dispatch now: no work, two steps in flight, or every
         request waits for tokens or pages of a step in flight.
@@ -111,7 +112,7 @@ class Scheduler:
             return None
         step = self._next_step
         planned = [(decode, tuple(rows.requests)) for rows in self._decode if (decode := rows.plan(step))]
-        if prefill := self._admit(step):
+        if prefill := self._prefill(step, decoding=bool(planned)):
             planned.append(prefill)
         if not planned:
             return None
@@ -129,8 +130,8 @@ class Scheduler:
             tokens: int32[B] for each of its microbatches; what padding rows hold is ignored.
 
         Returns:
-            One event per live request of the plan. Tokens of requests that ended before, by a stop
-            token seen one step late or by `abort`, are dropped.
+            One event per live request of the plan that got a token. Tokens of requests that ended before,
+            by a stop token seen one step late or by `abort`, are dropped.
 
         Raises:
             ValueError: `plan` is not the oldest in flight, or `tokens` do not have its shapes. The
@@ -144,13 +145,19 @@ class Scheduler:
         self.pages.complete(plan.step)
         events: list[TokenEvent] = []
         prefilled: list[tuple[LiveRequest, int]] = []
-        for microbatch, rows, row_tokens in zip(plan.microbatches, requests, chosen, strict=True):
-            new_tokens = row_tokens.tolist()[: len(rows)]
-            events += self._read(rows, new_tokens)
+        for index, (microbatch, rows, row_tokens) in enumerate(
+            zip(plan.microbatches, requests, chosen, strict=True)
+        ):
+            new = [
+                (row, request, int(row_tokens[row]))
+                for row, request in enumerate(rows)
+                if microbatch.samples[row]
+            ]
+            events += self._read(index, new)
             if microbatch.kind == "decode":
                 self._decode[microbatch.microbatch].read(plan.step, row_tokens)
             else:
-                prefilled = list(zip(rows, new_tokens, strict=True))
+                prefilled = [(request, token) for _, request, token in new]
         self._start_decoding(prefilled)
         return events
 
@@ -172,11 +179,6 @@ class Scheduler:
                 f"{name}: a prompt of {length} tokens leaves no room for a new one within "
                 f"max_model_len={limits.max_model_len}: shorten the prompt or raise max_model_len"
             )
-        if length > limits.max_prefill_tokens:
-            raise ValueError(
-                f"{name}: the prompt has {length} tokens, max_prefill_tokens={limits.max_prefill_tokens}: "
-                f"shorten the prompt or raise max_prefill_tokens"
-            )
         return min(request.sampling.max_tokens, limits.max_model_len - length)
 
     def _pages_to_reserve(self, prompt_len: int, max_tokens: int) -> int:
@@ -187,18 +189,21 @@ class Scheduler:
         """
         return self.pages.pages_for(prompt_len + max_tokens - 1)
 
-    def _admit(self, step: int) -> tuple[MicrobatchPlan, tuple[LiveRequest, ...]] | None:
-        """Prefill the head of the queue in `step`, as many requests as one bucket serves."""
-        admissible = self._admissible()
-        if not admissible:
+    def _prefill(self, step: int, *, decoding: bool) -> tuple[MicrobatchPlan, tuple[LiveRequest, ...]] | None:
+        """The next chunks, of requests admitted before and, behind them, of those admitted now."""
+        candidates = self._prefilling + self._admissible()
+        if not candidates:
             return None
-        lengths = [len(request.request.prompt_token_ids) for request in admissible]
-        bucket, count = _choose_bucket(self.config.prefill_buckets, lengths)
-        admitted = tuple(admissible[:count])
-        for request in admitted:
+        lengths = [len(request.request.prompt_token_ids) - request.prefilled for request in candidates]
+        bucket = choose_bucket(self.config, lengths, decoding=decoding)
+        chosen = tuple(candidates[: bucket[0]])
+        for request in chosen[len(self._prefilling) :]:
             del self._waiting[request.request.request_id]
             request.pages = self.pages.allocate(request.num_pages)
-        return plan_prefill(step, admitted, bucket, self.config), admitted
+        plan = plan_prefill(step, chosen, bucket, self.config)
+        goes_on = [request for row, request in enumerate(chosen) if not plan.samples[row]]
+        self._prefilling = goes_on + self._prefilling[len(chosen) :]
+        return plan, chosen
 
     def _admissible(self) -> list[LiveRequest]:
         """The requests from the head of the queue on that have seats and pages. Nobody overtakes."""
@@ -213,12 +218,13 @@ class Scheduler:
             admissible.append(request)
         return admissible
 
-    def _read(self, requests: Sequence[LiveRequest], tokens: Sequence[int]) -> list[TokenEvent]:
-        """What the new token of each request means; requests that end give their pages back."""
+    def _read(self, microbatch: int, new: Sequence[tuple[int, LiveRequest, int]]) -> list[TokenEvent]:
+        """What the new token of each (row, request) means; requests that end give their pages back."""
         events = []
-        for request, token in zip(requests, tokens, strict=True):
+        for row, request, token in new:
             if request.ended:
                 continue
+            request.generated.append(token)
             request.to_read -= 1
             reason: FinishReason | None = None
             if token in request.request.stop_token_ids:
@@ -227,8 +233,15 @@ class Scheduler:
                 reason = "length"
             if reason:
                 self._end(request)
+            request_id = request.request.request_id
             events.append(
-                TokenEvent(request_id=request.request.request_id, token_id=token, finish_reason=reason)
+                TokenEvent(
+                    request_id=request_id,
+                    token_id=token,
+                    finish_reason=reason,
+                    microbatch=microbatch,
+                    row=row,
+                )
             )
         return events
 
@@ -245,25 +258,8 @@ class Scheduler:
         request.ended = True
         del self._requests[request.request.request_id]
         self._waiting.pop(request.request.request_id, None)
+        self._prefilling = [other for other in self._prefilling if other is not request]
         self.pages.free(request.pages, after_step=request.last_step)
-
-
-def _choose_bucket(buckets: Sequence[tuple[int, int]], lengths: Sequence[int]) -> tuple[tuple[int, int], int]:
-    """The bucket (B, Q) with the fewest tokens per prompt served, and how many of `lengths` it serves.
-
-    Prompts are served in order: a bucket stops at the first that is longer than Q. Among equals, more
-    prompts, then the smaller Q: the local part of attention grows with its square.
-    """
-
-    def served(rows: int, width: int) -> int:
-        return sum(1 for _ in takewhile(lambda length: length <= width, lengths[:rows]))
-
-    def cost(bucket: tuple[int, int]) -> tuple[float, int, int]:
-        rows, width = bucket
-        return rows * width / served(rows, width), -served(rows, width), width
-
-    best = min((bucket for bucket in buckets if bucket[1] >= lengths[0]), key=cost)
-    return best, served(*best)
 
 
 def _checked(plan: StepPlan, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -21,7 +21,10 @@ class SchedulerConfig:
         max_num_seqs: requests that hold pages at once.
         microbatches: n, decode microbatches.
         decode_buckets: the row counts B that a decode microbatch can have, ascending.
-        prefill_buckets: the (B, Q) that a prefill microbatch can have: B prompts of at most Q tokens.
+        prefill_buckets: the (B, Q) that a prefill microbatch can have: chunks of at most Q tokens of B
+            prompts.
+        prefill_seconds: how long a microbatch of each of them takes; None: not measured.
+        prefill_stall: how long requests that decode may wait for one, in seconds.
     """
 
     num_pages: int
@@ -31,6 +34,8 @@ class SchedulerConfig:
     microbatches: int
     decode_buckets: tuple[int, ...]
     prefill_buckets: tuple[tuple[int, int], ...]
+    prefill_seconds: tuple[float, ...] | None = None
+    prefill_stall: float = float("inf")
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_size", "max_model_len", "max_num_seqs", "microbatches"):
@@ -68,8 +73,3 @@ class SchedulerConfig:
     def padding_slot(self) -> int:
         """The slot of a token that is not kept: one past the pool, so that its write is dropped."""
         return self.num_pages * self.page_size
-
-    @property
-    def max_prefill_tokens(self) -> int:
-        """Longest prompt of any prefill bucket."""
-        return max(width for _, width in self.prefill_buckets)

@@ -135,5 +135,4 @@ class EngineThread(threading.Thread):
 
 
 def _longest_prompt(engine: Engine) -> int:
-    limits = engine.scheduler.config
-    return min(limits.max_model_len - 1, limits.max_prefill_tokens)
+    return engine.scheduler.config.max_model_len - 1

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lamina_jax.config import ConfigError
 from lamina_jax.core import Request, SamplingParams, StepPlan
+from lamina_jax.engine.prefill import choose_bucket
 from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
 from lamina_jax.testing import FakeModel, FakeRunner
 
@@ -66,6 +67,7 @@ class Driver:
         self.clients: list[Client] = []
         self.live: dict[str, Client] = {}
         self.queue: list[str] = []
+        self.prefilled: dict[str, int] = {}
         self.in_flight: deque[tuple[StepPlan, dict[int, Client]]] = deque()
 
     def add(self, request):
@@ -74,6 +76,7 @@ class Driver:
         limit = min(request.sampling.max_tokens, self.config.max_model_len - length)
         alone = MODEL.generate(request.prompt_token_ids, limit, request.stop_token_ids)
         self.live[request.request_id] = Client(request, alone)
+        self.prefilled.pop(request.request_id, None)
         self.clients.append(self.live[request.request_id])
         self.queue.append(request.request_id)
 
@@ -121,7 +124,9 @@ class Driver:
 
     def finish(self):
         """Run to the end, at most as many steps as there are tokens, and look at the whole story."""
-        budget = 2 + sum(len(client.alone) + 1 for client in self.live.values())
+        budget = 2 + sum(
+            len(client.alone) + 1 + len(client.request.prompt_token_ids) for client in self.live.values()
+        )
         while self.scheduler.has_work:
             self.run_step()
             budget -= 1
@@ -165,9 +170,9 @@ class Driver:
         """Shapes are those of a bucket, and everything beyond the live rows and tokens is padding."""
         (rows, width), live, limits = plan.bucket, len(plan.request_ids), self.config
         assert live
-        assert {array.dtype for array in vars(plan).values() if isinstance(array, np.ndarray)} == {
-            np.dtype(np.int32)
-        }
+        arrays = {name: array for name, array in vars(plan).items() if isinstance(array, np.ndarray)}
+        assert arrays.pop("samples").dtype == bool
+        assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
         assert plan.block_tables.shape == plan.page_index.shape == (rows, limits.table_width)
         assert (plan.page_index == np.arange(limits.table_width)).all()
         assert plan.positions.shape == plan.slots.shape == (rows, width)
@@ -188,14 +193,24 @@ class Driver:
             assert plan.microbatch == limits.microbatches
             assert (rows, width) in limits.prefill_buckets
             assert (plan.feedback == -1).all()
-            assert not plan.context_lens.any()
+            assert plan.cached == plan.context_lens.any()
             assert not plan.logits_at[live:].any()
+            assert not plan.samples[live:].any()
             for row, request_id in enumerate(plan.request_ids):
-                length = len(self.live[request_id].request.prompt_token_ids)
+                prompt = len(self.live[request_id].request.prompt_token_ids)
+                start = self.prefilled.get(request_id, 0)
+                assert plan.context_lens[row] == start, "a chunk does not follow the one before"
+                length = min(width, prompt - start)
+                assert length > 0
                 assert (plan.slots[row, length:] == limits.padding_slot).all()
                 assert (plan.slots[row, :length] < limits.padding_slot).all()
-            assert list(plan.request_ids) == self.queue[:live], "somebody overtook"
-            del self.queue[:live]
+                assert (plan.positions[row, :length] == np.arange(start, start + length)).all()
+                assert plan.samples[row] == (start + length == prompt)
+                self.prefilled[request_id] = start + length
+            new = [name for row, name in enumerate(plan.request_ids) if not plan.context_lens[row]]
+            assert new == self.queue[: len(new)], "somebody overtook"
+            assert list(plan.request_ids[live - len(new) :]) == new, "a chunk stands behind a new prompt"
+            del self.queue[: len(new)]
 
     def check_head_of_queue(self, plan):
         """Whoever is first in the queue waits for seats or pages only."""
@@ -223,8 +238,9 @@ class AnyTraffic(RuleBasedStateMachine):
         num_pages=st.integers(4, 12),
         page_size=st.sampled_from([1, 3, 4]),
         run_ahead=st.integers(0, 1),
+        stall=st.sampled_from([0.5, 2.5, 9.0]),
     )
-    def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead):
+    def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead, stall):
         rows = -(-max_num_seqs // microbatches)
         self.driver = Driver(
             make_config(
@@ -234,7 +250,9 @@ class AnyTraffic(RuleBasedStateMachine):
                 page_size=page_size,
                 max_model_len=12,
                 decode_buckets=tuple(sorted({1, (rows + 1) // 2, rows})),
-                prefill_buckets=((1, 9), (2, 5), (4, 2)),
+                prefill_buckets=((1, 5), (2, 3), (4, 1)),
+                prefill_seconds=(3.0, 2.0, 1.0),
+                prefill_stall=stall,
             ),
             run_ahead=run_ahead,
         )
@@ -467,19 +485,51 @@ def test_prefill_joins_the_decode_microbatches():
         ([3], (1, 12), 1),  # fewest tokens for one prompt
         ([4, 4, 4, 4, 4], (4, 4), 4),  # four share them
         ([3, 3], (4, 4), 2),  # as many tokens as (2, 8) in shorter rows
-        ([4, 5, 4], (2, 8), 2),  # the second prompt ends the shortest rows
-        ([8, 3, 3], (2, 8), 2),
+        ([8, 8, 2], (2, 8), 2),
         ([9, 1], (1, 12), 1),
+        ([100, 100], (2, 8), 2),  # chunks of both
     ],
 )
-def test_the_prefill_bucket_wastes_least_and_keeps_the_order(lengths, bucket, served):
-    config = make_config(num_pages=99, max_num_seqs=8, prefill_buckets=((1, 12), (2, 8), (4, 4)))
+def test_the_prefill_bucket_brings_the_most_tokens_and_keeps_the_order(lengths, bucket, served):
+    config = make_config(
+        num_pages=999, max_model_len=200, max_num_seqs=8, prefill_buckets=((1, 12), (2, 8), (4, 4))
+    )
     driver = Driver(config)
     for name, length in enumerate(lengths):
         driver.add(make_request(str(name), range(length)))
     plan = driver.schedule().microbatches[-1]
     assert (plan.bucket, len(plan.request_ids)) == (bucket, served)
     driver.finish()
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
+    driver = Driver(make_config(max_model_len=60, num_pages=40), run_ahead=0)
+    driver.add(make_request("short", max_tokens=9))
+    driver.run_step()
+    driver.add(make_request("long", range(40), max_tokens=2))
+    chunks = []
+    while len(chunks) < 3:
+        decode, prefill = driver.schedule().microbatches
+        assert decode.request_ids == ("short",)
+        assert prefill.request_ids == ("long",)
+        chunks.append((int(prefill.context_lens[0]), bool(prefill.samples[0])))
+        driver.update()
+    assert chunks == [(0, False), (16, False), (32, True)]
+    driver.finish()
+
+
+@pytest.mark.parametrize(
+    ("stall", "decoding", "bucket"),
+    [
+        (9.0, True, (1, 16)),
+        (2.5, True, (2, 8)),  # the best that takes no longer
+        (0.1, True, (4, 4)),  # nothing is quick enough: the quickest
+        (0.1, False, (1, 16)),  # nobody waits
+    ],
+)
+def test_a_stall_bounds_the_bucket_while_requests_decode(stall, decoding, bucket):
+    config = make_config(prefill_seconds=(4.0, 2.0, 1.5), prefill_stall=stall)
+    assert choose_bucket(config, [99], decoding=decoding) == bucket
 
 
 def test_a_short_request_does_not_overtake_a_large_one():
@@ -513,7 +563,7 @@ def test_the_continuation_is_clipped_to_max_model_len():
     [
         ({}, make_request("x", []), "the prompt is empty"),
         ({"max_model_len": 3}, make_request("x"), "3 tokens .* max_model_len=3"),
-        ({}, make_request("x", range(17)), "17 tokens, max_prefill_tokens=16"),
+        ({}, make_request("x", range(24)), "24 tokens .* max_model_len=24"),
         ({"num_pages": 1}, make_request("x"), "3 prompt tokens and 4 new ones need 2 pages.* num_pages=1 "),
     ],
 )

@@ -114,7 +114,9 @@ def test_from_a_command_line_to_text_over_http(checkpoint: Path) -> None:
         with httpx.Client(base_url=server.url(), timeout=30) as client:
             assert client.get("/health").status_code == 200
             assert client.get("/ready").status_code == 503
-            expected = LLM(str(checkpoint), **FEW_PROGRAMS).generate("abc", SamplingParams(max_tokens=20, temperature=0))[0]
+            expected = LLM(str(checkpoint), **FEW_PROGRAMS).generate(
+                "abc", SamplingParams(max_tokens=20, temperature=0)
+            )[0]
             server.wait_for(lambda: client.get("/ready").status_code == 200)
 
             body = {"model": str(checkpoint), "prompt": "abc", "max_tokens": 20, "return_token_ids": True}
