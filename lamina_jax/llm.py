@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina_jax.config import EngineConfig
@@ -11,6 +11,7 @@ from lamina_jax.core import Request, RequestOutput, SamplingParams
 from lamina_jax.engine.build import build_engine
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -61,6 +62,40 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
         return [finished[request.request_id] for request in requests]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every conversation, written as the checkpoint's chat template says.
+
+        Args:
+            messages: one conversation or several, each a list of `{"role", "content"}`; see
+                `lamina_jax.weights.chat_template.ChatTemplate.render`.
+            sampling_params: one for all, or one for each.
+            add_generation_prompt: end each prompt with the beginning of the assistant's answer.
+            chat_template_kwargs: more variables that the template looks at.
+
+        Raises:
+            ValueError: no chat template; a message that cannot be honoured; a prompt that cannot be served.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise ValueError(f"the model {self.config.model!r} has no chat template: use generate()")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = []
+        for conversation in conversations:
+            text = tokenizer.chat_template.render(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                variables=chat_template_kwargs,
+            )
+            prompts.append(tokenizer.encode(text, special_tokens=False))
+        return self.generate(prompts, sampling_params)
 
     def stats(self) -> dict[str, Any]:
         """What the engine counts.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a checkpoint's own `tokenizer.json`. No jax, no chat templates."""
+"""Text to token ids and back, by a checkpoint's own `tokenizer.json`. No jax."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from lamina_jax.models.hf_config import CheckpointError
+from lamina_jax.weights.chat_template import ChatTemplate, load_chat_template
 
 FILE = "tokenizer.json"
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Special tokens are written as its file says, and left out when read."""
+    """A checkpoint's tokenizer. Special tokens are written as its file says, and left out when read.
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        self.inner = inner
+    `chat_template` is None where the checkpoint has none.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+        self.inner, self.chat_template = inner, chat_template
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Raises `CheckpointError` where the folder has no usable tokenizer.json."""
+        """Raises `CheckpointError` where the folder has no usable tokenizer.json, or a malformed config."""
         path = folder / FILE
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {FILE}: without one, prompts are lists of token ids")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of malformed file
             raise CheckpointError(f"{path} is not a tokenizer file: {error}") from None
+        return cls(inner, load_chat_template(folder))
 
     @property
     def vocab_size(self) -> int:
         return self.inner.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text).ids
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids; with those that the tokenizer puts around a text, unless the text has its own."""
+        return self.inner.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.inner.decode(token_ids, skip_special_tokens=True)
