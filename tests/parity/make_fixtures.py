@@ -23,6 +23,8 @@ COMMON = {
     "eos_token_id": 2,
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **COMMON}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **COMMON}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **COMMON}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **COMMON}
 
 
@@ -78,6 +80,29 @@ CASES: dict[str, dict[str, Any]] = {
     | heads(5, 1, 12)
     | {"dtype": "float32", "num_hidden_layers": 3}
     | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 20000.0}},
+    "mistral_window": MISTRAL
+    | sizes(131, 48, 24)
+    | heads(4, 2)
+    | {"torch_dtype": "float32", "sliding_window": 12, "rope_theta": 10000.0},
+    "mistral_head_dim": MISTRAL
+    | sizes(133, 40, 28)
+    | heads(4, 1, 16)
+    | {"dtype": "float32", "sliding_window": None}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    "qwen2_tied": QWEN2
+    | sizes(149, 48, 24)
+    | heads(6, 2)
+    | {"torch_dtype": "float32", "tie_word_embeddings": True, "rope_theta": 1000000.0}
+    | {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1},
+    "qwen2_untied": QWEN2
+    | sizes(127, 40, 20)
+    | heads(4, 4)
+    | {"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+    "qwen2_window": QWEN2
+    | sizes(129, 40, 20)
+    | heads(2, 1)
+    | {"torch_dtype": "float32", "rope_theta": 10000.0, "num_hidden_layers": 3}
+    | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
 }
 
 SHARDED = "llama_linear"

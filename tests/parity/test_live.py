@@ -25,13 +25,18 @@ ROPES = st.one_of(
     ),
 )
 
+FAMILIES = [
+    ("llama", "LlamaForCausalLM"),
+    ("mistral", "MistralForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM"),
+    ("qwen3", "Qwen3ForCausalLM"),
+]
+
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A config.json of either family and either generation of keys."""
-    family, architecture = draw(
-        st.sampled_from([("llama", "LlamaForCausalLM"), ("qwen3", "Qwen3ForCausalLM")])
-    )
+    """A config.json of any family and either generation of keys."""
+    family, architecture = draw(st.sampled_from(FAMILIES))
     num_kv_heads = draw(st.integers(1, 3))
     num_heads = num_kv_heads * draw(st.integers(1, 4))
     config = {
@@ -39,17 +44,24 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "model_type": family,
         "hidden_act": "silu",
         "vocab_size": draw(st.integers(50, 90)),
-        "hidden_size": num_heads * 2 * draw(st.integers(1, 6)),
+        "hidden_size": num_heads * 2 * draw(st.integers(2, 6)),
         "intermediate_size": draw(st.integers(8, 40)),
         "num_hidden_layers": draw(st.integers(1, 2)),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "head_dim": 2 * draw(st.integers(2, 9)),
         "max_position_embeddings": 256,
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
         "tie_word_embeddings": draw(st.booleans()),
-        "attention_bias": draw(st.booleans()),
     }
+    if family != "qwen2":
+        config["head_dim"] = 2 * draw(st.integers(2, 9))
+    if family in ("llama", "qwen3"):
+        config["attention_bias"] = draw(st.booleans())
+    if family != "llama":
+        config["sliding_window"] = draw(st.none() | st.integers(1, 100))
+    if family in ("qwen2", "qwen3"):
+        config["use_sliding_window"] = draw(st.booleans())
+        config["max_window_layers"] = draw(st.integers(0, 2))
     rope, theta = draw(ROPES), draw(st.floats(100, 1e6))
     if draw(st.booleans()):
         return config | {"dtype": "float32", "rope_parameters": rope | {"rope_theta": theta}}

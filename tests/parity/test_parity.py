@@ -38,6 +38,8 @@ def test_logits(case: str) -> None:
     [
         *((case, "disaggregated") for case in CASES),
         ("llama_theta", "collocated"),
+        ("mistral_window", "collocated"),
+        ("qwen2_window", "collocated"),
         ("qwen3_untied", "collocated"),
     ],
 )
