@@ -26,8 +26,10 @@ class EngineConfig:
         kv_dtype: of the KV pages; "auto" takes that of the activations.
         max_model_len: longest prompt + continuation in tokens; None takes the model's own limit.
         max_num_seqs: requests decoded at once.
-        max_prefill_tokens: longest prompt of one prefill microbatch; None takes
+        max_prefill_tokens: longest chunk of a prompt that is prefilled at once; None takes
             min(max_model_len, 1024).
+        prefill_stall_ms: how long requests that decode may wait for a chunk of somebody's prompt, in
+            milliseconds; the time of each chunk size is measured at start. inf sets no bound.
         page_size: tokens per KV page.
         num_pages: pages of the KV pool; None sizes it from `memory_fraction`.
         memory_fraction: share of the memory devices that weights and pages may fill; None takes 0.9 of
@@ -44,6 +46,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 8
     max_prefill_tokens: int | None = None
+    prefill_stall_ms: float = 500.0
     page_size: int = 64
     num_pages: int | None = None
     memory_fraction: float | None = None
@@ -62,6 +65,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not self.prefill_stall_ms > 0:
+            raise ConfigError(f"prefill_stall_ms must be a positive number, got {self.prefill_stall_ms!r}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
 

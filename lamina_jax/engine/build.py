@@ -28,6 +28,7 @@ from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.programs import windows_of
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
+from lamina_jax.engine.warmup import measure_prefill
 from lamina_jax.exchange.local import LocalExchange
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import CheckpointError, read_config
@@ -93,9 +94,15 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
 
     parts = _disaggregated if disaggregated else _collocated
     runner, pages, jobs = parts(sliced, params, geometry, mesh, devices, limits)
+    page_devices = _devices_of(pages)
     compile_all(jobs, lambda done, total: report("compiling", done, total))
+    scheduling = limits.scheduler(budget.num_pages)
+    if config.prefill_stall_ms < float("inf"):
+        report("measuring prefill", 0, 0)
+        seconds = measure_prefill(runner, scheduling)
+        scheduling = replace(scheduling, prefill_seconds=seconds, prefill_stall=config.prefill_stall_ms / 1e3)
     return Engine(
-        Scheduler(limits.scheduler(budget.num_pages)),
+        Scheduler(scheduling),
         runner,
         tokenizer=tokenizer,
         eos_token_ids=shape.eos_token_ids,
@@ -106,7 +113,7 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
             "overlap": limits.overlap,
             "max_model_len": limits.max_model_len,
             "weight_devices": _devices_of(jax.tree.leaves(params)),
-            "page_devices": _devices_of(pages),
+            "page_devices": page_devices,
         },
         compilations=CompilationCounter(),
     )

@@ -104,7 +104,14 @@ class ComputeSide:
             for form in _forms(index == self.num_slices - 1, cached and overlap):
                 stage, function, inputs = self._describe(sliced, shape, index, form, cached)
                 arguments = self._arguments(stage)
-                key = (form, stage.key, shape, _hashable(inputs), tuple(type(a) is int for a in arguments))
+                key = (
+                    form,
+                    cached and form == "whole",
+                    stage.key,
+                    shape,
+                    _hashable(inputs),
+                    tuple(type(a) is int for a in arguments),
+                )
                 name = f"slice {index} ({form}) {bucket}"
                 yield from self._job(name, key, function, inputs)
                 self._programs[bucket, cached, index, form] = Program(self._compilations[key], arguments)

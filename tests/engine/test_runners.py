@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lamina_jax.core import StepPlan
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 
 LENGTHS = (1, 3, 8, 9, 40, 64, 17)
-"""Prompts shorter and longer than a page, more of them than there are seats."""
+"""Prompts shorter and longer than a page and than a chunk, more of them than there are seats."""
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: str, prompts: list[list[int]]) -> list[list[int]]:
-    """The collocated model's tokens, each prompt on its own."""
-    llm = LLM(checkpoint, placement="collocated", **SMALL)
+    """The collocated model's tokens, each prompt on its own and in one chunk."""
+    llm = LLM(checkpoint, placement="collocated", **(SMALL | {"max_prefill_tokens": 64}))
     return [tokens_of(llm, [prompt])[0] for prompt in prompts]
 
 
@@ -94,7 +95,7 @@ def test_wire_bytes_equal_the_formula(
         return dispatch(self, plan)
 
     monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
-    llm = LLM(checkpoint, memory_devices="cpu:1-2", overlap=overlap, **SMALL)
+    llm = LLM(checkpoint, memory_devices="cpu:1-2", overlap=overlap, prefill_stall_ms=math.inf, **SMALL)
     tokens_of(llm, prompts)
 
     layers, heads, width, item = TINY.num_layers, TINY.num_heads, TINY.num_heads * TINY.head_dim, 4
@@ -102,13 +103,13 @@ def test_wire_bytes_equal_the_formula(
     total = messages = programs = 0.0
     for batch in (batch for plan in plans for batch in plan.microbatches):
         rows = batch.bucket[0] * batch.bucket[1]
-        sent = kv if batch.kind == "prefill" else 2 * width + kv
-        total += layers * rows * (sent * item + (4 * heads if batch.kind == "decode" else 0))
-        messages += layers * 2 * ({"on": 3, "off": 2}[overlap] if batch.kind == "decode" else 1)
-        # A slice of two stages is two programs, a message to a worker one; then the last slice and the
-        # sampler, and what feeds the tokens back.
-        two = batch.kind == "decode" and overlap == "on"
-        programs += layers * (6 if two else 3) + (3 if batch.kind == "decode" else 2)
+        sent = 2 * width + kv if batch.cached else kv
+        total += layers * rows * (sent * item + (4 * heads if batch.cached else 0))
+        messages += layers * 2 * ({"on": 3, "off": 2}[overlap] if batch.cached else 1)
+        # A slice of two stages is two programs, a message to a worker one; then what feeds the tokens
+        # back, and, unless it is a chunk that ends no prompt, the last slice and the sampler.
+        programs += layers * (6 if batch.cached and overlap == "on" else 3)
+        programs += (batch.kind == "decode") + (2 if batch.samples.any() else 0)
     stats = llm.stats()
     assert stats["wire_bytes_per_step"] * stats["steps"] == pytest.approx(total)
     assert stats["wire_messages_per_step"] * stats["steps"] == pytest.approx(messages)

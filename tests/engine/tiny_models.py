@@ -33,5 +33,5 @@ def save_random(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path
     return folder
 
 
-SMALL: dict[str, Any] = {"page_size": 8, "max_num_seqs": 4, "max_model_len": 96, "max_prefill_tokens": 64}
-"""Settings with few programs to compile."""
+SMALL: dict[str, Any] = {"page_size": 8, "max_num_seqs": 4, "max_model_len": 96, "max_prefill_tokens": 20}
+"""Settings with few programs to compile, and chunks that end within a page."""
