@@ -1,13 +1,14 @@
 """From logits to tokens: edits, sampling and log-probabilities as pure functions of arrays.
 
-R = max(B, 4) rows, those beyond B padding. Nothing sorts the vocabulary: a row is looked at in blocks.
+A microbatch is padded to at least 4 rows. Nothing sorts the vocabulary: a row is looked at in blocks.
 Whatever the logits hold, NaN and infinities included, a chosen id lies in the vocabulary. It knows
 nothing of requests, of steps or of which function is called when.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ class Logprobs(NamedTuple):
     top: jax.Array
 
 
-def greedy(logits: Float[Array, "R V"], *, size: int) -> Int[Array, "{size}"]:
-    """The best token of each row, of equals the lowest id; zeros behind them."""
+def greedy(logits: Float[Array, "B V"], *, size: int) -> Int[Array, "..."]:
+    """int32[size]: the best token of each row, of equals the lowest id; zeros behind them."""
     # XLA on a CPU takes ten times as long over one argmax of the whole row.
     blocks = in_blocks(logits, -jnp.inf)
     block = jnp.argmax(blocks.max(axis=-1), axis=-1).astype(jnp.int32)
@@ -39,22 +40,38 @@ def greedy(logits: Float[Array, "R V"], *, size: int) -> Int[Array, "{size}"]:
 
 
 def sample(
-    logits: Float[Array, "R V"],
-    temperature: Float[Array, "R"],
-    top_k: Int[Array, "R"],
-    top_p: Float[Array, "R"],
-    min_p: Float[Array, "R"],
-    uniform: Float[Array, "R"],
+    logits: Float[Array, "B V"],
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+    uniform: Float[Array, "B"],
     *,
     size: int,
-) -> Int[Array, "{size}"]:
-    """A token per row by its `uniform` in [0, 1): the inverse of the distribution function, in order of id.
+    group: int | None = None,
+) -> Int[Array, "..."]:
+    """int32[size]: a token per row by its `uniform` in [0, 1), the inverse of the distribution over the ids.
 
     What is left of the distribution: top-k keeps the k most probable tokens and those that tie with the
     last of them; top-p the fewest most probable tokens of what that leaves whose probabilities reach p in
     sum, and those that tie with the last of them; min-p those at least min_p times as probable as the best.
     A row of temperature 0 takes its best token, of equals the lowest id. Zeros stand behind the rows.
+
+    Args:
+        group: rows worked on at once, a divisor of B; None: all.
     """
+    rows = (logits, temperature, top_k, top_p, min_p, uniform)
+    return _in_front(_in_groups(_sample, group, *rows), size)
+
+
+def _sample(
+    logits: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    uniform: jax.Array,
+) -> jax.Array:
     weights = in_blocks(_weights(logits, temperature), 0.0)
     random = temperature > 0
     top_k = jnp.where(random & (top_k < logits.shape[1]), top_k, 0)
@@ -69,19 +86,19 @@ def sample(
     block, target = _crossing(sums, jnp.where(random, uniform, 0.0) * sums.sum(axis=1))
     inside = _take_block(weights, block)
     place, _ = _crossing(jnp.where(inside >= least, inside, 0.0), target)
-    return _in_front(block * BLOCK + place, size)
+    return block * BLOCK + place
 
 
 def edit_logits(
-    logits: Float[Array, "R V"],
-    fed: Int[Array, "R"],
-    history: Int[Array, "R U"],
-    presence: Float[Array, "R"],
-    frequency: Float[Array, "R"],
-    repetition: Float[Array, "R"],
-    bias_ids: Int[Array, "R E"],
-    bias: Float[Array, "R E"],
-) -> Float[Array, "R V"]:
+    logits: Float[Array, "B V"],
+    fed: Int[Array, "B"],
+    history: Int[Array, "B U"],
+    presence: Float[Array, "B"],
+    frequency: Float[Array, "B"],
+    repetition: Float[Array, "B"],
+    bias_ids: Int[Array, "B E"],
+    bias: Float[Array, "B E"],
+) -> Float[Array, "B V"]:
     """Logits after the penalties and the bias of `core.LogitEdits`.
 
     Args:
@@ -106,14 +123,21 @@ def edit_logits(
     return logits.at[row, bias_ids].add(bias, mode="drop")
 
 
-def logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "n"]) -> Logprobs:
-    """Log-probabilities of the first R tokens (n >= R), their ranks, and the best `MAX_LOGPROBS` ids.
+def logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "T"], *, group: int | None = None) -> Logprobs:
+    """Log-probabilities of the first B tokens (T >= B), their ranks, and the best `MAX_LOGPROBS` ids.
 
     Ranks count from 1; tokens that tie have the same. A token below 0 stands for none: what its row
     says of it means nothing.
+
+    Args:
+        group: rows worked on at once, a divisor of B; None: all.
     """
+    return _in_groups(_logprobs, group, logits, tokens[: logits.shape[0]])
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     logits = _clean(logits)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens[: logits.shape[0], None], 0), axis=1)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens[:, None], 0), axis=1)
     best = _best(logits)
     total = best + jnp.log(jnp.exp(logits - best).sum(axis=1, keepdims=True))
     ranks = 1 + (logits > chosen).astype(jnp.float32).sum(axis=1)  # a sum of floats is the faster one
@@ -122,8 +146,18 @@ def logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "n"]) -> Logprobs:
     return Logprobs((chosen - total)[:, 0], ranks.astype(jnp.int32), ids, top - total)
 
 
+def _in_groups(function: Callable[..., Any], group: int | None, *rows: jax.Array) -> Any:
+    """`function` of all rows, or of so many at a time."""
+    size = rows[0].shape[0]
+    if group is None or group == size:
+        return function(*rows)
+    groups = [x.reshape(size // group, group, *x.shape[1:]) for x in rows]
+    results = lax.map(lambda some: function(*some), groups)
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), results)
+
+
 def _weights(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """f32[R, V]: probabilities as shares of the best one's; at temperature 0, 1 for the best and 0 else."""
+    """f32[B, V]: probabilities as shares of the best one's; at temperature 0, 1 for the best and 0 else."""
     logits = _clean(logits)
     return jnp.exp((logits - _best(logits)) * (1 / jnp.maximum(temperature, 1e-30))[:, None])
 
@@ -133,12 +167,12 @@ def _clean(logits: jax.Array) -> jax.Array:
 
 
 def _best(logits: jax.Array) -> jax.Array:
-    """f32[R, 1]: the largest logit, finite even where every token is banned."""
+    """f32[B, 1]: the largest logit, finite even where every token is banned."""
     return jnp.maximum(logits.max(axis=1, keepdims=True), -_HUGE)
 
 
 def _crossing(parts: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32[R]: where the running sum of parts [R, n] passes the target; and what of it is left there.
+    """int32[B]: where the running sum of parts [B, n] passes the target; and what of it is left there.
 
     Parts that are not negative; one that is 0 is passed over, whatever rounding does.
     """
@@ -151,7 +185,7 @@ def _crossing(parts: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _take_block(blocks: jax.Array, block: jax.Array) -> jax.Array:
-    """f32[R, BLOCK]: one block of each row."""
+    """f32[B, BLOCK]: one block of each row."""
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 

@@ -28,13 +28,15 @@ Unit = Callable[[jax.Array], jax.Array]
 """What each weight counts for: itself under top-p, 1 under top-k."""
 
 
-def in_blocks(x: Float[Array, "R V"], padding: float) -> Float[Array, "R blocks {BLOCK}"]:
+def in_blocks(x: Float[Array, "B V"], padding: float) -> Float[Array, "B blocks {BLOCK}"]:
     """Rows cut into blocks, the last one padded."""
     rows, size = x.shape
     return jnp.pad(x, ((0, 0), (0, -size % BLOCK)), constant_values=padding).reshape(rows, -1, BLOCK)
 
 
-def largest(blocks: Float[Array, "R blocks {BLOCK}"], n: int) -> tuple[Float[Array, "R n"], Int[Array, "R n"]]:
+def largest(
+    blocks: Float[Array, "B blocks {BLOCK}"], n: int
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """The n <= BLOCK largest values of each row, in falling order, and their places in the row."""
     # The n largest lie in the n blocks with the largest maxima; in their order, ties go to the lowest id.
     _, chosen = lax.top_k(blocks.max(axis=-1), min(n, blocks.shape[1]))
@@ -45,8 +47,8 @@ def largest(blocks: Float[Array, "R blocks {BLOCK}"], n: int) -> tuple[Float[Arr
 
 
 def thresholds(
-    weights: Float[Array, "R blocks {BLOCK}"], top_k: Int[Array, "R"], top_p: Float[Array, "R"]
-) -> Float[Array, "R"]:
+    weights: Float[Array, "B blocks {BLOCK}"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+) -> Float[Array, "B"]:
     """The least weight that each row keeps: top-k, then top-p among what that leaves.
 
     Weights that tie with the last one kept are kept too. `weights` are not negative and at most 1.
@@ -64,7 +66,7 @@ def thresholds(
 def _reach(
     weights: jax.Array, best: jax.Array, unit: Unit, target: jax.Array, active: jax.Array
 ) -> jax.Array:
-    """f32[R]: the largest threshold that keeps `target` units or more; 0 in rows that are not active."""
+    """f32[B]: the largest threshold that keeps `target` units or more; 0 in rows that are not active."""
     sums = jnp.cumsum(unit(best), axis=1)
     near = sums[:, -1] >= target
     threshold = _first_reaching(best, sums, target)
@@ -139,13 +141,13 @@ def _search(
 
 
 def _first_reaching(falling: jax.Array, sums: jax.Array, target: jax.Array) -> jax.Array:
-    """The first of the falling values [R, n] at which `sums` reaches the target, or the last."""
+    """The first of the falling values [B, n] at which `sums` reaches the target, or the last."""
     place = jnp.minimum((sums < target[:, None]).sum(axis=1), falling.shape[1] - 1)
     return jnp.take_along_axis(falling, place[:, None], axis=1)[:, 0]
 
 
 def _measure(weights: jax.Array, threshold: jax.Array, unit: Unit) -> jax.Array:
-    """f32[R]: the units of what a threshold keeps."""
+    """f32[B]: the units of what a threshold keeps."""
     return jnp.where(weights >= threshold[:, None, None], unit(weights), 0.0).sum(axis=(1, 2))
 
 
