@@ -15,9 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lamina_jax
+from lamina_jax.server.answer import Answer
 from lamina_jax.server.call import Call
+from lamina_jax.server.chat_answer import ChatAnswer
+from lamina_jax.server.completion_answer import CompletionAnswer
 from lamina_jax.server.errors import ApiError, as_api_error
-from lamina_jax.server.protocol import Answer, CompletionRequest
+from lamina_jax.server.messages import Prompt
+from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from lamina_jax.server.service import RETRY_AFTER, Service
 
 MAX_BODY_BYTES = 10 * 2**20
@@ -71,16 +75,62 @@ async def models(request: Request) -> Response:
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts, at once or as server-sent events."""
+    _require_model(_service(request), body.model)
+    return await _generate(request, body, body.prompt, CompletionAnswer, echo=bool(body.echo))
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation, at once or as server-sent events."""
     service = _service(request)
+    _require_model(service, body.model)
+    if service.chat_template is None:
+        message = f"the model {service.model!r} has no chat template: use /v1/completions"
+        raise ApiError(400, message, param="model", code="no_chat_template")
+    try:
+        # In a thread: a template is a program from whoever made the checkpoint, and may take its time.
+        prompt = await asyncio.to_thread(
+            service.chat_template.render,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables=body.chat_template_kwargs,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error), param=body.param_of(str(error))) from None
+    return await _generate(request, body, [prompt], ChatAnswer)
+
+
+def _require_model(service: Service, name: str) -> None:
     service.require_ready()
-    if body.model != service.model:
-        message = f"the model {body.model!r} does not exist: this server serves {service.model!r}"
+    if name != service.model:
+        message = f"the model {name!r} does not exist: this server serves {service.model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
-    call = service.open(body.prompt, body.sampling)
-    answer = Answer(call.id, body)
+
+
+async def _generate(
+    request: Request,
+    body: GenerationRequest,
+    prompts: list[Prompt],
+    kind: type[Answer],
+    *,
+    echo: bool = False,
+) -> Response:
+    service = _service(request)
+    try:
+        sampling = body.sampling(service.require_ready()["max_model_len"])
+    except (TypeError, ValueError) as error:
+        raise ApiError(400, str(error), param=body.param_of(str(error))) from None
+    call = service.open(
+        body.ID_PREFIX,
+        prompts,
+        sampling,
+        special_tokens=body.special_tokens,
+        echo=echo,
+        param_of=body.param_of,
+    )
     with ExitStack() as owned:
         owned.callback(service.close, call)
-        await _unless_gone(request, call.accepted())
+        answer = kind(call.id, body, await _unless_gone(request, call.accepted()))
         if not body.stream:
             return JSONResponse(await _unless_gone(request, _whole(call, answer)))
         owned.pop_all()  # from here on the call is the stream's
@@ -88,8 +138,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 async def _whole(call: Call, answer: Answer) -> dict[str, Any]:
-    async for index, output in call.outputs():
-        answer.take(index, output)
+    async for prompt, output in call.outputs():
+        answer.take(prompt, output)
     return answer.whole()
 
 
@@ -109,15 +159,14 @@ class _EventStream(StreamingResponse):
 
 async def _events(call: Call, answer: Answer) -> AsyncIterator[str]:
     try:
-        async for index, output in call.outputs():
-            chunk = answer.chunk(index, output)
-            if chunk is not None:
+        async for prompt, output in call.outputs():
+            for chunk in answer.chunks(prompt, output):
                 yield _event(chunk)
     except ApiError as error:
         yield _event(error.body)
         return
-    if answer.request.include_usage:
-        yield _event(answer.last_chunk())
+    if (usage := answer.last_chunk()) is not None:
+        yield _event(usage)
     yield "data: [DONE]\n\n"
 
 

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from lamina_jax.core import RequestOutput
 from lamina_jax.server.errors import ApiError
 
 
 class Call:
-    """One HTTP request in the engine. Of each prompt's output only the newest is kept: it is the whole."""
+    """One HTTP request in the engine. Of each prompt's output only the newest is kept: it is the whole.
 
-    def __init__(self, call_id: str, count: int, deadline: float) -> None:
-        self.id, self.count = call_id, count
+    Args:
+        count: how many prompts it has.
+        deadline: in the loop's time.
+        param_of: the field of the request that an error of the engine speaks of.
+    """
+
+    def __init__(self, call_id: str, count: int, deadline: float, param_of: Callable[[str], str]) -> None:
+        self.id, self.count, self.param_of = call_id, count, param_of
         self._deadline = deadline
-        self._accepted, self._unfinished = False, count
+        self._echo: list[list[str]] | None = None
+        self._unfinished = count
         self._newest: dict[int, RequestOutput] = {}
         self._error: ApiError | None = None
         self._changed = asyncio.Event()
 
-    async def accepted(self) -> None:
-        """Wait until the engine has taken every prompt. Raises `ApiError` if it does not."""
-        while not self._accepted:
+    async def accepted(self) -> list[list[str]]:
+        """Wait until the engine has taken every prompt; see `messages.Accepted.echo`.
+
+        Raises:
+            ApiError: it does not take them.
+        """
+        while self._echo is None:
             await self._change()
+        return self._echo
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(index of the prompt, its continuation so far) as they grow, until all have ended.
@@ -39,8 +51,8 @@ class Call:
                 self._unfinished -= output.finished
                 yield index, output
 
-    def accept(self) -> None:
-        self._accepted = True
+    def accept(self, echo: list[list[str]]) -> None:
+        self._echo = echo
         self._changed.set()
 
     def put(self, index: int, output: RequestOutput) -> None:

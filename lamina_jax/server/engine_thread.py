@@ -16,6 +16,7 @@ from lamina_jax.core import Request, RequestOutput, SamplingParams
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.server import messages
 from lamina_jax.server.messages import Event, Message, request_id
+from lamina_jax.weights.tokenizer import Tokenizer, texts_of_tokens
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ class Engine(Protocol):
     """What is used of `lamina_jax.engine.engine.Engine`, without importing jax before the port answers."""
 
     scheduler: Scheduler
+    tokenizer: Tokenizer | None
 
     def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request: ...
 
@@ -79,7 +81,8 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             engine = self._build(self._report)
-            self._emit(messages.Ready(engine.stats()))
+            template = engine.tokenizer.chat_template if engine.tokenizer is not None else None
+            self._emit(messages.Ready(engine.stats(), template))
             self._serve(engine)
         except _Stopped:
             pass
@@ -119,20 +122,30 @@ class EngineThread(threading.Thread):
 
     def _submit(self, engine: Engine, call: messages.Submit) -> None:
         submitted: list[str] = []
+        echo: list[list[str]] = []
         request: Request | None = None
         try:
-            for index, prompt in enumerate(call.prompts):
+            for index, prompt in enumerate(_as_submitted(call, engine.tokenizer)):
                 request = engine.request(request_id(call.call_id, index), prompt, call.sampling)
                 engine.submit(request)
                 submitted.append(request.request_id)
+                if call.echo:
+                    echo.append(texts_of_tokens(engine.tokenizer, request.prompt_token_ids))
         except (ValueError, TypeError) as error:
             for submitted_id in submitted:
                 engine.abort(submitted_id)
-            too_long = request is not None and len(request.prompt_token_ids) > _longest_prompt(engine)
+            longest = engine.scheduler.config.max_model_len - 1
+            too_long = request is not None and len(request.prompt_token_ids) > longest
             self._emit(messages.Rejected(call.call_id, str(error), too_long))
         else:
-            self._emit(messages.Accepted(call.call_id))
+            self._emit(messages.Accepted(call.call_id, echo))
 
 
-def _longest_prompt(engine: Engine) -> int:
-    return engine.scheduler.config.max_model_len - 1
+def _as_submitted(call: messages.Submit, tokenizer: Tokenizer | None) -> list[messages.Prompt]:
+    """The prompts as the engine takes them: it encodes a text with the tokenizer's special tokens."""
+    if call.special_tokens or tokenizer is None:
+        return call.prompts
+    return [
+        tokenizer.encode(prompt, special_tokens=False) if isinstance(prompt, str) else prompt
+        for prompt in call.prompts
+    ]

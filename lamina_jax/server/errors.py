@@ -46,7 +46,7 @@ def _invalid(found: dict[str, Any]) -> ApiError:
     """From what pydantic found first."""
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
-    param = found.get("ctx", {}).get("param") or ".".join(str(part) for part in found["loc"][1:])
+    param = found.get("ctx", {}).get("param") or _path(found["loc"][1:])
     if not param:
         return ApiError(400, "the body must be a JSON object, sent with 'content-type: application/json'")
     match found["type"]:
@@ -59,3 +59,8 @@ def _invalid(found: dict[str, Any]) -> ApiError:
         case _:
             message = f"{param}: {found['msg']}, got {reprlib.repr(found['input'])}"
     return ApiError(400, message, param=param)
+
+
+def _path(places: tuple[int | str, ...]) -> str:
+    """Where in the body, without pydantic's mark for the key of an entry."""
+    return ".".join(str(place) for place in places if place != "[key]")

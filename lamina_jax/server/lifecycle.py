@@ -112,7 +112,7 @@ class Server:
         match event:
             case Progress(phase, done, total):
                 self._report.progress(phase, done, total)
-            case Ready(stats):
+            case Ready(stats, _):
                 self._report.close()
                 facts = f"{self._service.model}, {stats['placement']}, {stats['pages_total']} pages"
                 self._report.line(f"ready: {self._url} ({facts}) in {self._service.elapsed_seconds:.1f} s")

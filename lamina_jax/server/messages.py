@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina_jax.core import RequestOutput, SamplingParams
+from lamina_jax.weights.chat_template import ChatTemplate
 
 Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
 class Submit:
-    """Continue these prompts: all of them, or none."""
+    """Continue these prompts: all of them, or none.
+
+    `special_tokens`: whether the tokenizer puts its own around a text; `echo`: whether `Accepted` says the
+    prompts as text.
+    """
 
     call_id: str
     prompts: list[Prompt]
     sampling: SamplingParams
+    special_tokens: bool = True
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine takes calls from now on."""
+    """The engine takes calls from now on. Without a chat template it takes no conversations."""
 
     stats: dict[str, Any]
+    chat_template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,10 @@ class Died:
 
 @dataclass(frozen=True)
 class Accepted:
-    """Every prompt of a call waits or runs."""
+    """Every prompt of a call waits or runs. `echo`: for each prompt, the text of each of its tokens."""
 
     call_id: str
+    echo: list[list[str]]
 
 
 @dataclass(frozen=True)

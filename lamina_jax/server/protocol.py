@@ -1,43 +1,179 @@
-"""OpenAI's completions: which fields a request may have, and what an answer looks like.
+"""The bodies of OpenAI's two endpoints: which fields a request may have, and what they ask of the engine.
 
-Every field is honoured, or refused with an error that names it. Knows nothing of HTTP or the engine.
+Every field is honoured, or refused with an error that names it; the descriptions of the fields and the tables
+of what is refused are also what docs/api.md is made from. Fields that are called like those of
+`SamplingParams` go there as they are, and only there are their ranges known. Knows nothing of HTTP or the
+engine; answers are written elsewhere.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
-import time
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lamina_jax.core import RequestOutput, SamplingParams
+from lamina_jax.core import SamplingParams
 from lamina_jax.server.messages import Prompt
 
-MAX_PROMPTS = 1024
+MAX_CHOICES = 1024
+MAX_STOP = 64
 
-NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "seed": (),
-    "stop": ([],),
-    "suffix": (),
-    "temperature": (0,),
-    "top_k": (-1, 0),
-    "top_p": (1,),
+Refused = Mapping[str, tuple[object, ...]]
+"""Fields that ask for what there is not, and the values that ask for nothing; null always does."""
+
+REFUSED: Refused = {
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
 }
-"""Fields that ask for what is not built yet, and the values that ask for nothing; null always does."""
+
+REFUSED_IN_COMPLETIONS: Refused = {**REFUSED, "suffix": ("",)}
+
+REFUSED_IN_CHAT: Refused = {
+    **REFUSED,
+    "audio": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+Stop = Annotated[
+    list[str],
+    Field(max_length=MAX_STOP),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value, str | list[str]),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class StreamOptions(_Body):
+    """Of a streamed answer: where it tells the usage."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationRequest(_Body):
+    """What both endpoints take."""
+
+    REFUSED: ClassVar[Refused]
+    ID_PREFIX: ClassVar[str]
+    PROMPT: ClassVar[str]
+    """The field that holds the prompt."""
+
+    model: str
+    """the name under which the model is served"""
+    n: int | None = None
+    """choices of each prompt, 1 .. 128; at most 1,024 choices in all"""
+    max_tokens: int | None = None
+    """default 16; 0 generates nothing, which with `echo` tells about the prompt"""
+    min_tokens: int | None = None
+    temperature: float | None = None
+    """default 1; 0 is greedy"""
+    top_p: float | None = None
+    """above 0, at most 1"""
+    top_k: int | None = None
+    """0 or -1: all"""
+    min_p: float | None = None
+    seed: int | None = None
+    """the same tokens again, in any batch (in bfloat16: within one batch size)"""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
+    """at most 300 token ids, -100 .. 100"""
+    stop: Stop | None = None
+    """at most 64; not part of the text"""
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
+    """0 .. 20; each choice says its `prompt_logprobs`: null for the first token, then id to `{logprob, rank,
+    decoded_token}`"""
+    add_special_tokens: bool | None = None
+    """whether the tokenizer puts its own around a text; default true, in a chat false"""
+    return_token_ids: bool | None = None
+    """a choice says its `token_ids`; in a stream, those of the chunk"""
+    stream: bool | None = None
+    """server-sent events, the last of them `[DONE]`"""
+    stream_options: StreamOptions | None = None
+    """`include_usage`: a last chunk tells it; `continuous_usage_stats`: every chunk does"""
+    user: str | None = None
+    """accepted, and means nothing here"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, harmless in cls.REFUSED.items():
+            if name in body and not _asks_for_nothing(body[name], harmless):
+                raise _not_supported(name, body[name], harmless)
+        if body.get("stream_options") is not None and body.get("stream") is not True:
+            raise _refusal("stream_options", "stream_options is only for stream=true")
+        return {name: value for name, value in body.items() if name not in cls.REFUSED}
+
+    def sampling(self, context_length: int) -> SamplingParams:
+        """What the engine is asked to do, for a model with contexts of so many tokens.
+
+        Raises:
+            TypeError, ValueError: a value that cannot be obeyed; the message begins with its field.
+        """
+        asked = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        asked |= {"logprobs": self.told_logprobs, **self._in_other_words(context_length)}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in asked.items()
+            if value is not None
+        }
+        return SamplingParams(**given)
+
+    def param_of(self, message: str) -> str:
+        """The field that an error speaks of, which it begins with; else the prompt is at fault."""
+        found = re.match(r"([a-z_]+)(\[\d+\]|\.[a-z_]+)*", message)
+        return found[0] if found and found[1] in type(self).model_fields else self.PROMPT
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many alternatives are told beside each token; None where nothing is told."""
+        raise NotImplementedError
+
+    @property
+    def special_tokens(self) -> bool:
+        """Whether the tokenizer puts its own around a text."""
+        default = self.PROMPT == "prompt"  # a chat template writes them itself
+        return default if self.add_special_tokens is None else self.add_special_tokens
+
+    def _in_other_words(self, context_length: int) -> dict[str, Any]:
+        """Values of `SamplingParams` that this endpoint says in its own way."""
+        raise NotImplementedError
 
 
 def _prompts(value: object) -> list[Prompt]:
@@ -50,8 +186,6 @@ def _prompts(value: object) -> list[Prompt]:
         raise PydanticCustomError(
             "prompt_type", "expected a string, a list of strings, a list of token ids or a list of such lists"
         )
-    if len(value) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt_type", f"expected at most {MAX_PROMPTS} prompts")
     return value
 
 
@@ -65,135 +199,98 @@ Prompts = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
-    """Of a streamed answer: whether a last chunk tells the usage."""
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    REFUSED = REFUSED_IN_COMPLETIONS
+    ID_PREFIX = "cmpl"
+    PROMPT = "prompt"
 
-    include_usage: bool | None = None
-
-
-class CompletionRequest(BaseModel):
-    """The body of `POST /v1/completions`, with three fields that OpenAI's does not have.
-
-    `stop_token_ids` and `ignore_eos` are those of `SamplingParams`; with `return_token_ids` a choice
-    says its `token_ids` too (in a stream, those of the chunk). `user` is accepted and means nothing here.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
-    ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    """a text, token ids, or a list of either"""
+    best_of: int | None = None
+    """only as many as `n`"""
+    echo: bool | None = None
+    """the text begins with the prompt; with `logprobs` the prompt's are told, the first of them null"""
+    logprobs: int | None = None
+    """0 .. 20 alternatives beside each token"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name in NOT_SUPPORTED:
-            if name in body and not _asks_for_nothing(name, body[name]):
-                raise _not_supported(name, body[name])
-        if body.get("stream_options") is not None and body.get("stream") is not True:
-            raise PydanticCustomError(
-                "not_supported", "stream_options is only for stream=true", {"param": "stream_options"}
+    @model_validator(mode="after")
+    def _count(self) -> CompletionRequest:
+        n = self.n or 1
+        if self.best_of not in (None, n):
+            raise _refusal(
+                "best_of", f"best_of={self.best_of} is not supported: leave it out or send {n}, as n"
             )
-        return {name: value for name, value in body.items() if name not in NOT_SUPPORTED}
+        if len(self.prompt) * n > MAX_CHOICES:
+            name = "prompt" if len(self.prompt) > MAX_CHOICES else "n"
+            raise _refusal(
+                name,
+                f"{len(self.prompt)} prompts with n={n} make more than {MAX_CHOICES} choices: send fewer",
+            )
+        return self
 
     @property
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-        )
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def _in_other_words(self, context_length: int) -> dict[str, Any]:
+        words: dict[str, Any] = {"max_tokens": 1} if self.max_tokens == 0 else {}
+        if self.echo and self.prompt_logprobs is None:
+            words["prompt_logprobs"] = self.logprobs
+        return words
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    REFUSED = REFUSED_IN_CHAT
+    ID_PREFIX = "chatcmpl"
+    PROMPT = "messages"
+
+    messages: list[dict[str, Any]]
+    """roles as the chat template knows them; content is a string or a list of text parts, which are joined by
+    line breaks"""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """the older name of `max_completion_tokens`"""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """default: what fits the model's context"""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    """0 .. 20 alternatives beside each token, with `logprobs` alone"""
+    add_generation_prompt: bool | None = None
+    """default true: the prompt ends with the beginning of an answer"""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """more variables for the chat template"""
+    safety_identifier: str | None = None
+    """accepted, and means nothing here"""
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refusal("top_logprobs", "top_logprobs is only for logprobs=true")
+        if self.max_completion_tokens not in (None, self.max_tokens or self.max_completion_tokens):
+            raise _refusal("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
+        return self
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def told_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def _in_other_words(self, context_length: int) -> dict[str, Any]:
+        return {"max_tokens": self.max_completion_tokens or self.max_tokens or context_length}
 
 
-def _asks_for_nothing(name: str, value: object) -> bool:
+def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
     # True == 1 in Python, but a flag where a number belongs is a mistake.
-    return value is None or any(
-        value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
-        for harmless in NOT_SUPPORTED[name]
-    )
+    return value is None or any(value == known and type(value) is type(known) for known in harmless)
 
 
-def _not_supported(name: str, value: object) -> PydanticCustomError:
-    harmless = " or ".join(json.dumps(choice) for choice in NOT_SUPPORTED[name]) or "null"
-    return PydanticCustomError(
-        "not_supported",
-        "{param}={value} is not supported yet: leave it out or send {harmless}",
-        {"param": name, "value": reprlib.repr(value), "harmless": harmless},
-    )
+def _not_supported(name: str, value: object, harmless: tuple[object, ...]) -> PydanticCustomError:
+    instead = " or ".join(json.dumps(choice) for choice in harmless) or "null"
+    return _refusal(name, f"{name}={reprlib.repr(value)} is not supported: leave it out or send {instead}")
 
 
-@dataclass
-class Answer:
-    """Writes the answer to one request, whole or in chunks, from the outputs of its prompts.
-
-    Outputs are whole continuations so far; a chunk says what is new in them.
-    """
-
-    call_id: str
-    request: CompletionRequest
-    created: int = field(default_factory=lambda: int(time.time()))
-    outputs: dict[int, RequestOutput] = field(default_factory=dict)
-
-    def take(self, index: int, output: RequestOutput) -> None:
-        """The continuation of prompt `index` as it is now."""
-        self.outputs[index] = output
-
-    def whole(self) -> dict[str, Any]:
-        """The answer that is not streamed."""
-        choices = [self._choice(index, output, None) for index, output in sorted(self.outputs.items())]
-        return self._body(choices) | {"usage": self.usage()}
-
-    def chunk(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
-        """What is new of prompt `index`; None where there is nothing to see."""
-        choice = self._choice(index, output, self.outputs.get(index))
-        self.take(index, output)
-        if not (choice["text"] or choice["finish_reason"] or choice.get("token_ids")):
-            return None
-        return self._body([choice]) | ({"usage": None} if self.request.include_usage else {})
-
-    def last_chunk(self) -> dict[str, Any]:
-        """The chunk that tells the usage."""
-        return self._body([]) | {"usage": self.usage()}
-
-    def usage(self) -> dict[str, int]:
-        prompt = sum(len(output.prompt_token_ids) for output in self.outputs.values())
-        completion = sum(len(output.outputs[0].token_ids) for output in self.outputs.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
-
-    def _choice(self, index: int, output: RequestOutput, seen: RequestOutput | None) -> dict[str, Any]:
-        now = output.outputs[0]
-        text_from, ids_from = (len(seen.outputs[0].text), len(seen.outputs[0].token_ids)) if seen else (0, 0)
-        choice = {
-            "index": index,
-            "text": now.text[text_from:],
-            "logprobs": None,
-            "finish_reason": now.finish_reason,
-        }
-        return choice | ({"token_ids": now.token_ids[ids_from:]} if self.request.return_token_ids else {})
-
-    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.call_id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.request.model,
-            "choices": choices,
-        }
+def _refusal(name: str, message: str) -> PydanticCustomError:
+    """Braces of the value must not be taken for places of the text."""
+    return PydanticCustomError("not_supported", "{message}", {"param": name, "message": message})

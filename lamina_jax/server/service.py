@@ -17,6 +17,7 @@ from lamina_jax.core import SamplingParams
 from lamina_jax.server import messages
 from lamina_jax.server.call import Call
 from lamina_jax.server.errors import ApiError
+from lamina_jax.weights.chat_template import ChatTemplate
 
 STATS_SECONDS = 10.0
 """How long a step may take before `stats` gives up; the engine answers between two steps."""
@@ -39,6 +40,7 @@ class Service:
         self.model, self.created = model, int(time.time())
         self.progress = messages.Progress("starting", 0, 0)
         self.facts: dict[str, Any] | None = None
+        self.chat_template: ChatTemplate | None = None
         self.error: str | None = None
         self.draining = False
         self._send, self._request_seconds = send, request_seconds
@@ -79,13 +81,22 @@ class Service:
             raise ApiError(503, message, code="not_ready", headers=RETRY_AFTER)
         return self.facts
 
-    def open(self, prompts: list[messages.Prompt], sampling: SamplingParams) -> Call:
-        """Submit a call. Whoever opens it closes it."""
+    def open(
+        self,
+        prefix: str,
+        prompts: list[messages.Prompt],
+        sampling: SamplingParams,
+        *,
+        special_tokens: bool,
+        echo: bool,
+        param_of: Callable[[str], str],
+    ) -> Call:
+        """Submit a call, whose id begins with `prefix`. Whoever opens it closes it."""
         deadline = asyncio.get_running_loop().time() + self._request_seconds
-        call = Call(f"cmpl-{uuid.uuid4().hex}", len(prompts), deadline)
+        call = Call(f"{prefix}-{uuid.uuid4().hex}", len(prompts), deadline, param_of)
         self._calls[call.id] = call
         self._idle.clear()
-        self._send(messages.Submit(call.id, prompts, sampling))
+        self._send(messages.Submit(call.id, prompts, sampling, special_tokens, echo))
         return call
 
     def close(self, call: Call) -> None:
@@ -121,16 +132,16 @@ class Service:
         match event:
             case messages.Progress():
                 self.progress = event
-            case messages.Ready(stats):
-                self.facts = stats
+            case messages.Ready(stats, chat_template):
+                self.facts, self.chat_template = stats, chat_template
             case messages.Died(reason):
                 self.error = reason
                 self._fail_calls(ApiError(500, f"the engine has died: {reason}", code="engine_died"))
-            case messages.Accepted(call_id) if call := self._calls.get(call_id):
-                call.accept()
+            case messages.Accepted(call_id, echo) if call := self._calls.get(call_id):
+                call.accept(echo)
             case messages.Rejected(call_id, reason, too_long) if call := self._calls.get(call_id):
                 code = "context_length_exceeded" if too_long else None
-                call.fail(ApiError(400, reason, param="prompt", code=code))
+                call.fail(ApiError(400, reason, param=call.param_of(reason), code=code))
             case messages.Outputs(outputs):
                 for output in outputs:
                     call_id, index = messages.call_and_index(output.request_id)

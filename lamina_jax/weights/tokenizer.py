@@ -91,6 +91,16 @@ class Detokenizer:
         return text
 
 
+def texts_of_tokens(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of all; nothing where there is no tokenizer."""
+    if tokenizer is None:
+        return [""] * len(token_ids)
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.push(token) for token in token_ids]
+    texts[-1:] = [text + detokenizer.flush() for text in texts[-1:]]
+    return texts
+
+
 def _last_words(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
     """A few last tokens that begin with a whole character; none if there are no such."""
     for count in (4, 16, 64):

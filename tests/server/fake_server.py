@@ -25,6 +25,7 @@ from lamina_jax.server.engine_thread import Build
 from lamina_jax.server.lifecycle import Server
 from lamina_jax.server.listener import listen, url
 from lamina_jax.testing import FakeModel, FakeRunner
+from lamina_jax.weights.chat_template import ChatTemplate
 from lamina_jax.weights.tokenizer import Tokenizer
 
 MODEL = FakeModel(vocab_size=96)
@@ -34,6 +35,19 @@ NUM_PAGES = 32
 DEADLINE = 20.0
 """Seconds after which a test gives up waiting."""
 
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ bos_token }}{{ message.role }}:{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+"""Of the fake checkpoint, whose bos token is "$"."""
+
+
+def conversation(*contents: str) -> str:
+    """The prompt of contents that user and assistant take turns in."""
+    roles = ("user", "assistant")
+    return "".join(f"${roles[i % 2]}:{content}" for i, content in enumerate(contents)) + ">"
+
 
 def tokenizer() -> Tokenizer:
     """One token for each of 96 characters: the blank is 0, "!" is 1, and so on."""
@@ -41,7 +55,7 @@ def tokenizer() -> Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = decoders.Fuse()
-    return Tokenizer(inner)
+    return Tokenizer(inner, ChatTemplate(TEMPLATE, {"bos_token": "$"}))
 
 
 def token_ids(text: str) -> list[int]:
@@ -137,6 +151,12 @@ class Running:
 
     def complete(self, prompt: Any = "abc", **fields: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json={"model": "fake", "prompt": prompt} | fields)
+
+    def chat(self, *contents: Any, **fields: Any) -> httpx.Response:
+        """With contents that user and assistant take turns in."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+        return self.client.post("/v1/chat/completions", json={"model": "fake", "messages": messages} | fields)
 
 
 def sse(text: str) -> list[Any]:
