@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 
 import jax
@@ -35,8 +35,8 @@ def table(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    on_wire = sum(_bytes([op.q, op.k, op.v, op.o]) for op in attentions)
-    lines.append(f"in all: carried {sum(map(_bytes, carried)):,} B, wire {on_wire:,} B")
+    on_wire = size_of(array for op in attentions for array in (op.q, op.k, op.v, op.o))
+    lines.append(f"in all: carried {size_of(chain(*carried))}, wire {on_wire}")
     return "\n".join(lines)
 
 
@@ -49,19 +49,19 @@ def _slice_rows(
     i = like[0]
     name = str(i) if len(like) == 1 else f"{i}-{like[-1]}"
     if i == len(attentions):
-        return [(name, "1", _operators(slices[i].fused), _inputs(slices[i].fused), "", "")]
+        return [(name, "1", operators_of(slices[i].fused), _inputs(slices[i].fused), "", "")]
     first, second = slices[i].stages
     op = attentions[i]
-    arrays = [jax.core.ShapedArray(a.shape, a.dtype).str_short(short_dtypes=True) for a in carried[i]]
-    on = f"{' '.join(arrays)} {_bytes(carried[i]):,} B" if arrays else "nothing"
-    wire = f"k {_bytes([op.k]):,} B, v {_bytes([op.v]):,} B, o {_bytes([op.o]):,} B back"
+    on = " ".join([*map(type_of, carried[i]), size_of(carried[i])]) if carried[i] else "nothing"
+    wire = f"k {size_of([op.k])}, v {size_of([op.v])}, o {size_of([op.o])} back"
     return [
-        (name, "1", _operators(first), _inputs(first), "", f"q {_bytes([op.q]):,} B"),
-        ("", "2", _operators(second), _inputs(second), on, wire),
+        (name, "1", operators_of(first), _inputs(first), "", f"q {size_of([op.q])}"),
+        ("", "2", operators_of(second), _inputs(second), on, wire),
     ]
 
 
-def _operators(stage: Stage) -> str:
+def operators_of(stage: Stage) -> str:
+    """How many it runs, and which of them cost: `14 (1 dot_general, 1 gather)`."""
     costly = Counter(name for name in stage.operators if name not in CHEAP)
     named = ", ".join(f"{count} {name}" for name, count in sorted(costly.items()))
     return f"{len(stage.operators)} ({named})" if named else str(len(stage.operators))
@@ -72,5 +72,11 @@ def _inputs(stage: Stage) -> str:
     return ", ".join(text.format(counts[kind]) for kind, text in _INPUTS.items() if kind in counts)
 
 
-def _bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
-    return sum(prod(array.shape) * array.dtype.itemsize for array in arrays)
+def type_of(array: jax.ShapeDtypeStruct) -> str:
+    """`bf16[8,512]`"""
+    return jax.core.ShapedArray(array.shape, array.dtype).str_short(short_dtypes=True)
+
+
+def size_of(arrays: Iterable[jax.ShapeDtypeStruct]) -> str:
+    """`8,192 B`"""
+    return f"{sum(prod(array.shape) * array.dtype.itemsize for array in arrays):,} B"

@@ -16,6 +16,7 @@ import numpy as np
 
 from lamina_jax.ops import attention
 from lamina_jax.slicing.cut import Cut, cut_program
+from lamina_jax.slicing.draw import mermaid
 from lamina_jax.slicing.explain import table
 from lamina_jax.slicing.operators import Atom, Const
 from lamina_jax.slicing.stages import Attention, Port, Slice, StageFn, build_stage
@@ -73,6 +74,10 @@ class Sliced:
     def explain(self) -> str:
         """A table to print: what each slice and stage runs, takes, carries and sends."""
         return table(self.slices, self.attentions, self.carried)
+
+    def draw(self) -> str:
+        """The same as a flowchart in Mermaid, every array at its arrow; see `lamina_jax.slicing.draw`."""
+        return mermaid(self.slices, self.attentions)
 
     def _leaves(self, args: tuple[Any, ...]) -> list[Any]:
         leaves, tree = jax.tree.flatten(args)
