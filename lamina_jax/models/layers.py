@@ -4,6 +4,8 @@ A model is built abstract: its parameters are `jax.ShapeDtypeStruct`s that carry
 shape, dtype, logical axes, checkpoint name and initialiser. Loading replaces them by arrays.
 
 Activations here are x[T, D]: T tokens of any number of requests, told apart by nobody but `attention`.
+In bfloat16 they are rounded once per stretch of elementwise work: products, norms, rotations and sums are
+float32, and what enters a matrix product, the wire or the residual stream is bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from lamina_jax.models.config import ModelConfig, RopeConfig
 
@@ -47,7 +49,7 @@ def param(
 
 
 class Linear(nnx.Module):
-    """y[T, O] = x[T, I] W + b, accumulated in float32."""
+    """y[T, O] = x[T, I] W + b in float32, whatever x and W are."""
 
     def __init__(
         self, sizes: tuple[int, int], axes: tuple[str, str], name: str, storage: Storage, bias: bool = False
@@ -68,21 +70,20 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+    def __call__(self, x: Float[Array, "T I"]) -> Float32[Array, "T O"]:
         y = matmul(x, self.weight[...], self.contract)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)[None, :]
-        return y.astype(x.dtype)
-
-    def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """As an output projection: in float32, without a bias."""
-        return matmul(x, self.weight[...], self.contract)
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
 
 
-def matmul(x: Float[Array, "T I"], weight: Float[Array, "_ _"], contract: int) -> Float[Array, "T O"]:
+def matmul(x: Float[Array, "T I"], weight: Float[Array, "_ _"], contract: int) -> Float32[Array, "T O"]:
     """x times a matrix along the matrix's axis `contract`, in float32."""
     dims = (((1,), (contract,)), ((), ()))
     return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
+
+
+def add(x: Float[Array, "T D"], update: Float32[Array, "T D"]) -> Float[Array, "T D"]:
+    """The residual stream with an update, rounded once."""
+    return (x.astype(jnp.float32) + update).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -95,8 +96,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + jnp.float32(self.eps))
-        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32 * scale).astype(x.dtype) * weight
+        weight = self.weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * scale * weight).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -114,7 +115,7 @@ class Embedding(nnx.Module):
         rows = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
         return jax.lax.bitcast_convert_type(rows, table.dtype)
 
-    def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def logits(self, x: Float[Array, "B D"]) -> Float32[Array, "B V"]:
         return matmul(x, self.weight[...], contract=1)
 
 
@@ -127,8 +128,8 @@ class GatedMLP(nnx.Module):
         self.up = Linear((hidden, inner), ("embed", "mlp"), f"{name}.up_proj", storage, bias)
         self.down = Linear((inner, hidden), ("mlp", "embed"), f"{name}.down_proj", storage, bias)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "T D"]) -> Float32[Array, "T D"]:
+        return self.down((jax.nn.silu(self.gate(x)) * self.up(x)).astype(x.dtype))
 
 
 Rotation = tuple[Float[Array, "T H"], Float[Array, "T H"]]
@@ -146,12 +147,10 @@ def rotation(positions: Int[Array, " T"], config: RopeConfig, head_dim: int) -> 
     return jnp.concatenate((cos, cos), axis=-1), jnp.concatenate((-sin, sin), axis=-1)
 
 
-def rotate(x: Float[Array, "T N H"], by: Rotation) -> Float[Array, "T N H"]:
-    """Rotate pairs (i, i + H/2) of each head, in float32."""
+def rotate(x: Float32[Array, "T N H"], by: Rotation) -> Float32[Array, "T N H"]:
+    """Rotate pairs (i, i + H/2) of each head."""
     cos, sin = (part[:, None, :] for part in by)
-    x32 = x.astype(jnp.float32)
-    swapped = jnp.roll(x32, x.shape[-1] // 2, axis=-1)
-    return (x32 * cos + swapped * sin).astype(x.dtype)
+    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.layers import (
@@ -14,6 +14,7 @@ from lamina_jax.models.layers import (
     RMSNorm,
     Rotation,
     Storage,
+    add,
     rotate,
     rotation,
 )
@@ -34,21 +35,21 @@ class Attention(nnx.Module):
         self.v = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.v_proj", storage, qkv_bias)
         self.o = Linear((query, hidden), ("heads", "embed"), f"{name}.o_proj", storage, o_bias)
 
-    def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float32[Array, "T D"]:
         q = rotate(self.head_norm("q", self.heads(self.q(x))), turn)
         k = rotate(self.head_norm("k", self.heads(self.k(x))), turn)
-        v = self.heads(self.v(x))
+        q, k, v = (part.astype(x.dtype) for part in (q, k, self.heads(self.v(x))))
         o = attention(q, k, v, scale=self.head_dim**-0.5, window=self.window)
         return self.o(o.reshape(x.shape[0], -1))
 
-    def heads(self, x: Float[Array, "T NH"]) -> Float[Array, "T N H"]:
+    def heads(self, x: Float32[Array, "T NH"]) -> Float32[Array, "T N H"]:
         return x.reshape(x.shape[0], -1, self.head_dim)
 
     def biases(self, config: ModelConfig) -> tuple[bool, bool]:
         """Whether q, k and v have biases, and whether o has one."""
         return config.attention_bias, config.attention_bias
 
-    def head_norm(self, which: str, heads: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    def head_norm(self, which: str, heads: Float32[Array, "T N H"]) -> Float32[Array, "T N H"]:
         """For families that normalise queries and keys per head."""
         return heads
 
@@ -66,8 +67,8 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config, f"{name}.mlp", storage)
 
     def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float[Array, "T D"]:
-        x = x + self.attention(self.attention_norm(x), turn)
-        return x + self.mlp(self.mlp_norm(x))
+        x = add(x, self.attention(self.attention_norm(x), turn))
+        return add(x, self.mlp(self.mlp_norm(x)))
 
 
 class Llama(nnx.Module):
@@ -90,7 +91,7 @@ class Llama(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"], logits_at: Int[Array, " B"]
-    ) -> Float[Array, "B V"]:
+    ) -> Float32[Array, "B V"]:
         x = self.embedding(tokens)
         turn = rotation(positions, self.config.rope, self.config.head_dim)
         for block in self.blocks:
@@ -98,7 +99,7 @@ class Llama(nnx.Module):
         x = self.norm(take_rows(x, logits_at))
         if self.head is None:
             return self.embedding.logits(x)
-        return self.head.logits(x)
+        return self.head(x)
 
 
 def take_rows(x: Float[Array, "T D"], rows: Int[Array, " B"]) -> Float[Array, "B D"]:

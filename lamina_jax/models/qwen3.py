@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float32
 
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.layers import RMSNorm, Storage
@@ -18,7 +18,7 @@ class QKNormAttention(Attention):
         self.q_norm = RMSNorm(self.head_dim, "head_dim", f"{name}.q_norm", storage, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, "head_dim", f"{name}.k_norm", storage, config.rms_norm_eps)
 
-    def head_norm(self, which: str, heads: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    def head_norm(self, which: str, heads: Float32[Array, "T N H"]) -> Float32[Array, "T N H"]:
         return self.q_norm(heads) if which == "q" else self.k_norm(heads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,32 @@ def test_logits(case: str) -> None:
         assert_close(forward.last_logits(expected[f"prompt_{i}"], len(logits)), logits)
 
 
-@pytest.mark.parametrize(
-    ("case", "placement"),
-    [
-        *((case, "disaggregated") for case in CASES),
-        ("llama_theta", "collocated"),
-        ("mistral_window", "collocated"),
-        ("qwen2_window", "collocated"),
-        ("qwen3_untied", "collocated"),
-    ],
-)
+QUICK = {
+    ("llama3_scaling", "disaggregated"),
+    ("mistral_window", "disaggregated"),
+    ("qwen2_window", "collocated"),
+    ("qwen2_tied", "disaggregated"),
+    ("qwen3_untied", "disaggregated"),
+}
+"""Engines of the default run; the others are `slow`."""
+
+
+def engines() -> list[Any]:
+    """Every case on both placements."""
+    pairs = itertools.product(CASES, ("disaggregated", "collocated"))
+    return [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(("case", "placement"), engines())
 def test_greedy_tokens(case: str, placement: Any) -> None:
-    """64 tokens after prompts shorter and longer than a page, all four requests decoded together."""
+    """64 tokens after prompts shorter and longer than a page, a chunk, a window; all decoded together."""
     expected = reference(case)
     llm = LLM(
         str(FIXTURES / case),
         placement=placement,
         max_model_len=200,
         max_num_seqs=len(PROMPTS),
-        max_prefill_tokens=130,
+        max_prefill_tokens=(32, 48, 130)[CASES.index(case) % 3],
         page_size=(4, 8, 16, 64)[CASES.index(case) % 4],
     )
     prompts = [expected[f"prompt_{i}"].tolist() for i in PROMPTS]

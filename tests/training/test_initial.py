@@ -32,9 +32,9 @@ def scores(
     )
     plain, seen = llama.attention, []
 
-    def spy(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
+    def spy(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: None) -> jax.Array:
         seen.append(jnp.einsum("qngh,snh->ngqs", q.reshape(LENGTH, 2, 2, 64), k).reshape(4, LENGTH, LENGTH))
-        return plain(q, k, v, scale=scale)
+        return plain(q, k, v, scale=scale, window=window)
 
     monkeypatch.setattr(llama, "attention", spy)
     tokens = np.random.default_rng(0).permutation(config.vocab_size)[:LENGTH].astype(np.int32)
