@@ -96,6 +96,7 @@ class GenerationRequest(_Body):
     max_tokens: int | None = None
     """default 16; 0 generates nothing, which with `echo` tells about the prompt"""
     min_tokens: int | None = None
+    """so many before an end id or a stop string ends the text"""
     temperature: float | None = None
     """default 1; 0 is greedy"""
     top_p: float | None = None
@@ -103,17 +104,23 @@ class GenerationRequest(_Body):
     top_k: int | None = None
     """0 or -1: all"""
     min_p: float | None = None
+    """as a share of the most probable token's probability, 0 .. 1"""
     seed: int | None = None
     """the same tokens again, in any batch (in bfloat16: within one batch size)"""
     presence_penalty: float | None = None
+    """-2 .. 2"""
     frequency_penalty: float | None = None
+    """-2 .. 2"""
     repetition_penalty: float | None = None
+    """of the prompt's tokens too; above 0, 1 does nothing"""
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     """at most 300 token ids, -100 .. 100"""
     stop: Stop | None = None
     """at most 64; not part of the text"""
     stop_token_ids: list[int] | None = None
+    """beside the model's own end ids"""
     ignore_eos: bool | None = None
+    """the model's own end ids do not end the text"""
     prompt_logprobs: int | None = None
     """0 .. 20; each choice says its `prompt_logprobs`: null for the first token, then id to `{logprob, rank,
     decoded_token}`"""
@@ -256,6 +263,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """default: what fits the model's context"""
     logprobs: bool | None = None
+    """of the answer's tokens"""
     top_logprobs: int | None = None
     """0 .. 20 alternatives beside each token, with `logprobs` alone"""
     add_generation_prompt: bool | None = None
