@@ -19,7 +19,7 @@ class EngineConfig:
     """How a model is served.
 
     Args:
-        model: a Hugging Face folder, or "bundled".
+        model: a Hugging Face folder, a hub id ("org/name") that has been downloaded, or "bundled".
         placement: "disaggregated" (layers on the compute mesh, attention and KV cache on the memory
             mesh) or "collocated" (one program per step on the compute mesh).
         dtype: of weights and activations; "auto" takes the checkpoint's (bfloat16 for float16).

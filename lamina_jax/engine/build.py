@@ -35,6 +35,7 @@ from lamina_jax.models.hf_config import CheckpointError, read_config
 from lamina_jax.pool.geometry import CacheGeometry, head_ranges
 from lamina_jax.pool.shard import AttentionKind, AttentionShard
 from lamina_jax.slicing import Sliced, slice_at_attention
+from lamina_jax.weights.hub import HUB_ID, find_snapshot
 from lamina_jax.weights.loader import TensorSpec, load_model
 from lamina_jax.weights.tokenizer import load_tokenizer
 
@@ -183,7 +184,7 @@ def _sharding(spec: TensorSpec, mesh: Mesh) -> NamedSharding:
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: "bundled", or a path.
+    """The folder of a model: "bundled", a path, or a hub id ("org/name") that has been downloaded.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -191,6 +192,8 @@ def find_model(name: str) -> Path:
     if name == "bundled":
         return Path(str(resources.files("lamina_jax") / "data" / "bundled"))
     folder = Path(name).expanduser()
+    if not folder.is_dir() and HUB_ID.fullmatch(name):
+        return find_snapshot(name)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {name!r}: give a Hugging Face folder, or 'bundled'")
     return folder
