@@ -1,7 +1,31 @@
-"""The server that tests share is made in fake_server."""
+"""One live server with the bundled model for all tests here, in a thread, and a client of it."""
 
 from __future__ import annotations
 
-from fake_server import fake
+from collections.abc import Iterator
 
-__all__ = ["fake"]
+import openai
+import pytest
+from fake_server import Running, running
+
+from lamina_jax.config import EngineConfig
+from lamina_jax.serve import build
+
+START_SECONDS = 200
+"""Compiling takes a minute where the machine is busy."""
+
+FEW_PROGRAMS = EngineConfig(max_num_seqs=4, max_model_len=128, max_prefill_tokens=32, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Running]:
+    with running(build(FEW_PROGRAMS), ready=False, model="bundled") as server:
+        server.wait_ready(START_SECONDS)
+        yield server
+
+
+@pytest.fixture
+def client(live: Running) -> Iterator[openai.OpenAI]:
+    url = str(live.client.base_url.join("/v1"))
+    with openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+        yield client

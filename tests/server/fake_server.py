@@ -138,16 +138,18 @@ class Running:
         assert not self.thread.is_alive(), "the server does not end"
         return self.code
 
-    def wait_for(self, path: str, condition: Callable[[httpx.Response], bool]) -> httpx.Response:
+    def wait_for(
+        self, path: str, condition: Callable[[httpx.Response], bool], seconds: float = DEADLINE
+    ) -> httpx.Response:
         """Ask until the answer satisfies the condition."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + seconds
         while not condition(response := self.client.get(path)):
             assert time.monotonic() < deadline, f"{path} still says {response.status_code} {response.text}"
             time.sleep(0.02)
         return response
 
-    def wait_ready(self) -> None:
-        self.wait_for("/ready", lambda response: response.status_code == 200)
+    def wait_ready(self, seconds: float = DEADLINE) -> None:
+        self.wait_for("/ready", lambda response: response.status_code == 200, seconds)
 
     def complete(self, prompt: Any = "abc", **fields: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json={"model": "fake", "prompt": prompt} | fields)
@@ -166,11 +168,11 @@ def sse(text: str) -> list[Any]:
 
 
 @contextmanager
-def running(build: Build, *, ready: bool = True, **settings: Any) -> Iterator[Running]:
+def running(build: Build, *, ready: bool = True, model: str = "fake", **settings: Any) -> Iterator[Running]:
     """A server on a free port; it has ended when the block is left."""
     config = ServerConfig(port=0, **settings)
     listener = listen(config)
-    server = Server(build, "fake", config)
+    server = Server(build, model, config)
     with httpx.Client(base_url=url(listener), timeout=DEADLINE) as client:
 
         def serve() -> None:

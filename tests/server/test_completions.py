@@ -116,6 +116,32 @@ def test_ignore_eos() -> None:
         assert ignored["choices"][0]["token_ids"] == MODEL.generate([3, 4], 9)
 
 
+@pytest.mark.parametrize("prompt", ["ab", token_ids("ab")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(fake: Running, prompt: Any, stream: bool) -> None:
+    for max_tokens in (0, 3):
+        response = fake.complete([prompt, prompt], max_tokens=max_tokens, echo=True, stream=stream)
+        bodies = sse(response.text)[:-1] if stream else [response.json()]
+        found = ["", ""]
+        for choice in (choice for body in bodies for choice in body["choices"]):
+            found[choice["index"]] += choice["text"]
+        assert found == ["ab" + continuation("ab", max_tokens)] * 2
+
+
+def test_no_tokens(fake: Running) -> None:
+    body = fake.complete("ab", max_tokens=0, return_token_ids=True).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["token_ids"]) == ("", [])
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+
+
+def test_every_chunk_may_tell_the_usage(fake: Running) -> None:
+    options = {"continuous_usage_stats": True}
+    chunks = sse(fake.complete("ab", max_tokens=9, stream=True, stream_options=options).text)[:-1]
+    counted = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counted == sorted(counted)
+    assert counted[-1] == 9
+
+
 def test_without_a_tokenizer_token_ids_still_work() -> None:
     with running(FakeEngine(with_tokenizer=False).build) as server:
         error = error_of(server.complete("text"), 400)
