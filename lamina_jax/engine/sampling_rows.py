@@ -116,7 +116,8 @@ def check_edits(request: Request, vocab_size: int) -> None:
 @lru_cache(maxsize=4096)
 def _uniforms(seed: int, choice: int, block: int) -> list[float]:
     # Philox is counter-based: any block is made without those before it, and a block costs what one does.
-    philox = np.random.Philox(key=[seed % 2**64, choice], counter=[0, block, 0, 0])
+    key = np.array([seed % 2**64, choice], np.uint64)
+    philox = np.random.Philox(key=key, counter=np.array([0, block, 0, 0], np.uint64))
     return ((philox.random_raw(_UNIFORMS_AT_ONCE) >> np.uint64(40)) * 2.0**-24).tolist()
 
 

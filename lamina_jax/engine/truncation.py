@@ -28,14 +28,14 @@ Unit = Callable[[jax.Array], jax.Array]
 """What each weight counts for: itself under top-p, 1 under top-k."""
 
 
-def in_blocks(x: Float[Array, "B V"], padding: float) -> Float[Array, "B blocks {BLOCK}"]:
+def in_blocks(x: Float[Array, "B V"], padding: float) -> Float[Array, "B blocks block"]:
     """Rows cut into blocks, the last one padded."""
     rows, size = x.shape
     return jnp.pad(x, ((0, 0), (0, -size % BLOCK)), constant_values=padding).reshape(rows, -1, BLOCK)
 
 
 def largest(
-    blocks: Float[Array, "B blocks {BLOCK}"], n: int
+    blocks: Float[Array, "B blocks block"], n: int
 ) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """The n <= BLOCK largest values of each row, in falling order, and their places in the row."""
     # The n largest lie in the n blocks with the largest maxima; in their order, ties go to the lowest id.
@@ -47,7 +47,7 @@ def largest(
 
 
 def thresholds(
-    weights: Float[Array, "B blocks {BLOCK}"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+    weights: Float[Array, "B blocks block"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
 ) -> Float[Array, "B"]:
     """The least weight that each row keeps: top-k, then top-p among what that leaves.
 
