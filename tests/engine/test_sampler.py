@@ -147,7 +147,6 @@ def test_frequencies_are_the_probabilities() -> None:
         jnp.full(draws, top_p),
         jnp.full(draws, min_p),
         jnp.asarray(rng.random(draws, np.float32)),
-        size=draws,
     )
     seen = np.bincount(np.asarray(tokens), minlength=12)
     assert seen.sum() == seen[ids].sum() == draws
