@@ -9,6 +9,7 @@ from typing import Any
 from lamina_jax.config import EngineConfig
 from lamina_jax.core import Request, RequestOutput, SamplingParams
 from lamina_jax.engine.build import build_engine
+from lamina_jax.pool.shard import CachedPart
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
@@ -19,6 +20,8 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, or "bundled".
+        cached_part: a function with the signature and the contract of `pallas_kernels.paged_attention` that
+            the memory mesh computes in its place; for placement=disaggregated.
         settings: any field of `lamina_jax.config.EngineConfig`: placement, dtype, max_model_len,
             max_num_seqs, memory_fraction, microbatches, overlap, compute_devices, memory_devices, ...
 
@@ -27,9 +30,11 @@ class LLM:
         CheckpointError: a folder that cannot be loaded.
     """
 
-    def __init__(self, model: str = "bundled", **settings: Any) -> None:
+    def __init__(
+        self, model: str = "bundled", *, cached_part: CachedPart | None = None, **settings: Any
+    ) -> None:
         self.config = EngineConfig(model=model, **settings)
-        self.engine = build_engine(self.config)
+        self.engine = build_engine(self.config, cached_part=cached_part)
         self._numbers = itertools.count()
 
     def generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lamina_jax.exchange.local import LocalExchange
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import CheckpointError, read_config
 from lamina_jax.pool.geometry import CacheGeometry, head_ranges
-from lamina_jax.pool.shard import AttentionKind, AttentionShard
+from lamina_jax.pool.shard import AttentionKind, AttentionShard, CachedPart
 from lamina_jax.slicing import Sliced, slice_at_attention
 from lamina_jax.weights.hub import HUB_ID, find_snapshot
 from lamina_jax.weights.loader import TensorSpec, load_model
@@ -48,8 +49,17 @@ TENSOR_AXES = {"vocab", "mlp", "heads", "kv_heads"}
 """Logical axes that are sharded over the compute mesh's axis "tensor"; the others are replicated."""
 
 
-def build_engine(config: EngineConfig, report: Report = lambda phase, done, total: None) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    report: Report = lambda phase, done, total: None,
+    *,
+    cached_part: CachedPart | None = None,
+) -> Engine:
     """Load, slice, place and compile a model.
+
+    Args:
+        report: told how far it is.
+        cached_part: what the memory mesh computes attention with; None takes the platform's kernel.
 
     Raises:
         ConfigError: a setting that cannot be obeyed.
@@ -58,6 +68,11 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
     folder = find_model(config.model)
     shape = read_config(folder)
     disaggregated = config.placement == "disaggregated"
+    if cached_part is not None and not disaggregated:
+        raise ConfigError(
+            f"cached_part is for placement=disaggregated, got placement={config.placement}: "
+            "a collocated engine computes attention inside its own program"
+        )
     devices = choose_devices(
         config.compute_devices,
         config.memory_devices,
@@ -93,11 +108,11 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
     log.info("memory budget\n%s", budget.table(config.page_size))
     geometry = replace(geometry, num_pages=budget.num_pages)
 
-    parts = _disaggregated if disaggregated else _collocated
+    parts = partial(_disaggregated, cached_part) if disaggregated else _collocated
     runner, pages, jobs = parts(sliced, params, geometry, mesh, devices, limits)
     page_devices = _devices_of(pages)
     compile_all(jobs, lambda done, total: report("compiling", done, total))
-    scheduling = limits.scheduler(budget.num_pages)
+    scheduling = limits.scheduler(budget.num_pages, shape.vocab_size)
     if config.prefill_stall_ms < float("inf"):
         report("measuring prefill", 0, 0)
         seconds = measure_prefill(runner, scheduling)
@@ -121,7 +136,13 @@ def build_engine(config: EngineConfig, report: Report = lambda phase, done, tota
 
 
 def _disaggregated(
-    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, devices: Devices, limits: Limits
+    cached_part: CachedPart | None,
+    sliced: Sliced,
+    params: Any,
+    geometry: CacheGeometry,
+    mesh: Mesh,
+    devices: Devices,
+    limits: Limits,
 ) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
     if len(devices.compute) > 1:
         raise ConfigError(
@@ -134,7 +155,10 @@ def _disaggregated(
         log.info("%s holds KV heads %d-%d", device, held.kv_start, held.kv_stop - 1)
     kinds = [AttentionKind(op.scale, op.softcap) for op in sliced.attentions]
     windows = windows_of(sliced)
-    shards = [AttentionShard(geometry.share(workers), device, windows, kinds) for device in devices.memory]
+    share = geometry.share(workers)
+    shards = [
+        AttentionShard(share, device, windows, kinds, cached_part=cached_part) for device in devices.memory
+    ]
     place = NamedSharding(mesh, P())
     compute = ComputeSide(sliced, params, place, ranges, limits.rows)
     jobs: list[Job] = []

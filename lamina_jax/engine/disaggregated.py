@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lamina_jax.core import MicrobatchPlan, StepPlan
+from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.pipeline import dispatch_order
 from lamina_jax.engine.programs import Arrays
@@ -44,12 +44,14 @@ class DisaggregatedRunner:
 
     Args:
         compute: the model's slices.
-        exchange: the way to the memory mesh.
+        exchange: the way to the memory mesh; the attribute may be replaced between steps, for instance
+            by one that looks at what passes.
         overlap: send q before k and v are computed (paper 4.2.2).
     """
 
     def __init__(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> None:
-        self._compute, self._exchange, self._overlap = compute, exchange, overlap
+        self.exchange = exchange
+        self._compute, self._overlap = compute, overlap
         self._queue = Queue(MOST_QUEUED, FEWEST_QUEUED)
         self._last: dict[int, jax.Array] = {}
         self._unfinished: dict[int, _InFlight] = {}
@@ -75,16 +77,16 @@ class DisaggregatedRunner:
         self._seconds += time.perf_counter() - started
         return list(batches.values())
 
-    def read(self, step: list[_InFlight]) -> list[np.ndarray]:
+    def read(self, step: list[_InFlight]) -> list[Sampled]:
         for batch in step:
             if self._unfinished.get(batch.plan.microbatch) is batch:
                 self._finish(batch.plan.microbatch)
-        return [_tokens(batch) for batch in step]
+        return [Sampled(tokens=_tokens(batch)) for batch in step]
 
     def stats(self) -> dict[str, Any]:
-        steps, wire = max(self._steps, 1), self._exchange.wire
+        steps, wire = max(self._steps, 1), self.exchange.wire
         return {
-            "programs_per_step": (self._compute.programs_queued + self._exchange.programs_queued) / steps,
+            "programs_per_step": (self._compute.programs_queued + self.exchange.programs_queued) / steps,
             "dispatch_microseconds_per_step": 1e6 * self._seconds / steps,
             "wire_bytes_per_step": wire.tensor_bytes / steps,
             "wire_messages_per_step": wire.messages / steps,
@@ -93,11 +95,11 @@ class DisaggregatedRunner:
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
         """Replace the pages of every layer and device; for benchmarks that do not prefill."""
-        self._exchange.fill_pages(fill)
+        self.exchange.fill_pages(fill)
 
     def _begin(self, plan: MicrobatchPlan) -> _InFlight:
         last = self._last.get(plan.microbatch, self._no_tokens)
-        return _InFlight(plan, self._compute.begin(plan, last), self._exchange.begin(plan))
+        return _InFlight(plan, self._compute.begin(plan, last), self.exchange.begin(plan))
 
     def _finish(self, microbatch: int) -> None:
         """Queue the last slice and the sampler of a microbatch's step before, if that has not been done."""

@@ -31,6 +31,9 @@ class AttentionKind(NamedTuple):
     softcap: float | None
 
 
+CachedPart = Callable[..., tuple[jax.Array, jax.Array]]
+"""What computes the cached part, with the signature and the contract of `pallas_kernels.paged_attention`."""
+
 ProgramKey = tuple[str, Bucket, AttentionKind | None]
 """A program of a shard: its name, its bucket, and which attention it computes, if any."""
 
@@ -43,6 +46,7 @@ class AttentionShard:
         device: where the pages live and the programs run.
         windows: the attention window of each layer (`lamina_jax.ops.NO_WINDOW`: none).
         kinds: scale and softcap of each layer's attention.
+        cached_part: what computes the cached part; None: `paged_attention`.
     """
 
     def __init__(
@@ -51,9 +55,12 @@ class AttentionShard:
         device: jax.Device,
         windows: Sequence[int],
         kinds: Sequence[AttentionKind],
+        *,
+        cached_part: CachedPart | None = None,
     ) -> None:
         self.geometry, self.device = geometry, device
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
+        self._compute_cached_part = cached_part or paged_attention
         self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
         self._pages = _zero_pages(geometry, device)
         self._programs: dict[ProgramKey, Compilation] = {}
@@ -106,7 +113,9 @@ class AttentionShard:
     ) -> Compilation:
         g = self.geometry
         platform = kernel_platform(g, self.device.platform)
-        attend = partial(_cached_part, kind=kind, dtype=g.dtype, platform=platform)
+        attend = partial(
+            _cached_part, compute=self._compute_cached_part, kind=kind, dtype=g.dtype, platform=platform
+        )
         heads = g.num_heads if name == "attend" else g.num_heads + 2 * g.num_kv_heads
         message = self._struct((*bucket, heads, g.head_dim))
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
@@ -170,11 +179,12 @@ def _cached_part(
     meta: StepMetadata,
     q: jax.Array,
     *,
+    compute: CachedPart,
     kind: AttentionKind,
     dtype: str,
     platform: str | None,
 ) -> jax.Array:
-    o, lse = paged_attention(
+    o, lse = compute(
         q,
         pages,
         meta.block_tables,
