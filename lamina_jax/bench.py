@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode
+from lamina_jax.benchmarks import decode, prefill
 
-BENCHMARKS = {"decode": decode}
+BENCHMARKS = {"decode": decode, "prefill": prefill}
 
 
 def main() -> None:

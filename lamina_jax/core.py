@@ -6,7 +6,7 @@ server exchange these objects, and they can cross a process boundary as they are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -67,8 +67,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +112,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether nothing but the best logit decides."""
         return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether a token is the best logit, and nothing else is wanted of it."""
+        return self.greedy and not self.edits_logits and self.logprobs is None
 
     @property
     def edits_logits(self) -> bool:

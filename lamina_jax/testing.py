@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina_jax.core import MicrobatchPlan, StepPlan
+from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class FakeRunner:
         self._num_steps += 1
         return [self._run_microbatch(microbatch) for microbatch in plan.microbatches]
 
-    def read(self, step: list[np.ndarray]) -> list[np.ndarray]:
+    def read(self, step: list[np.ndarray]) -> list[Sampled]:
         """The tokens int32[B] that each microbatch of a dispatched step chose; -1 in padding rows."""
-        return step
+        return [Sampled(tokens=tokens) for tokens in step]
 
     def stats(self) -> dict[str, int]:
         """How many steps were dispatched."""

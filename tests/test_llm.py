@@ -88,11 +88,6 @@ def test_an_abort_gives_the_pages_back_and_the_last_output(llm: LLM) -> None:
     engine.scheduler.check_idle()
 
 
-def test_a_temperature_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="temperature"):
-        SamplingParams(temperature=0.7)
-
-
 def test_a_number_of_parameters_that_does_not_fit_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 sampling_params"):
         llm.generate([[1], [2]], [SamplingParams(temperature=0)])

@@ -1,8 +1,9 @@
-"""One column of a decode benchmark: an engine in a process of its own, timed on request.
+"""One column of a benchmark: an engine in a process of its own, timed on request.
 
 `python -m lamina_jax.benchmarks.worker SETTINGS` (JSON: fields of `EngineConfig`, and `batch` and
-`context`) builds the engine, fills its KV cache, prints "ready" and then, for every number that it
-reads from stdin, runs so many decode steps and prints what they took as a line of JSON.
+`context` to decode, or `prompt` to prefill) builds the engine, fills its KV cache, prints "ready" and
+then, for every number that it reads from stdin, runs so many steps and prints what they took as a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,41 +20,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from lamina_jax.config import EngineConfig
-from lamina_jax.core import MicrobatchPlan, StepPlan
+from lamina_jax.core import MicrobatchPlan, Request, SamplingParams, StepPlan
 from lamina_jax.engine.build import build_engine
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.prefill import plan_prefill
+from lamina_jax.engine.rows import LiveRequest
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    batch, context = settings.pop("batch"), settings.pop("context")
+    batch, context = settings.pop("batch", 0), settings.pop("context", 0)
+    prompt = settings.pop("prompt", 0)
     engine = build_engine(EngineConfig(**settings))
     assert isinstance(engine.runner, CollocatedRunner | DisaggregatedRunner)
     engine.runner.fill_pages(_random_pages)
-    plans = decode_plans(engine.scheduler.config, batch, context)
+    config = engine.scheduler.config
+    plans = prefill_plans(config, prompt) if prompt else [decode_plans(config, batch, context)]
     run_steps(engine.runner, plans, 3)
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run_steps(engine.runner, plans, int(line))), flush=True)
 
 
-def run_steps(runner: ModelRunner, microbatches: tuple[MicrobatchPlan, ...], steps: int) -> dict[str, float]:
-    """Decode `steps` tokens per row with one step of run-ahead; tokens/s, s, and CPUs used."""
+Step = tuple[MicrobatchPlan, ...]
+
+
+def run_steps(runner: ModelRunner, plans: Sequence[Step], steps: int) -> dict[str, float]:
+    """Run `plans` in turn, `steps` in all, with one step of run-ahead; tokens/s, s, and CPUs used."""
     in_flight: deque[Any] = deque()
+    tokens = 0
     started, cpu = time.perf_counter(), time.process_time()
     for step in range(steps):
+        microbatches = plans[step % len(plans)]
+        tokens += sum(len(plan.request_ids) * plan.bucket[1] for plan in microbatches)
         in_flight.append(runner.dispatch(StepPlan(step=step, microbatches=microbatches)))
         if len(in_flight) > 1:
             runner.read(in_flight.popleft())
     while in_flight:
         runner.read(in_flight.popleft())
     seconds = time.perf_counter() - started
-    rows = sum(len(plan.request_ids) for plan in microbatches)
     return {
-        "tokens_per_second": rows * steps / seconds,
+        "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "cpus": (time.process_time() - cpu) / seconds,
     }
@@ -91,6 +102,20 @@ def decode_plans(config: SchedulerConfig, batch: int, context: int) -> tuple[Mic
             )
         )
     return tuple(plans)
+
+
+def prefill_plans(config: SchedulerConfig, length: int) -> list[Step]:
+    """The chunks of one prompt of `length` tokens."""
+    chunk = max(config.prefill_buckets, key=lambda bucket: bucket[1])
+    pages = -(-length // config.page_size)
+    request = Request(
+        request_id="prompt", prompt_token_ids=(1,) * length, sampling=SamplingParams(temperature=0)
+    )
+    live = LiveRequest(request, pages, to_plan=1, to_read=1, pages=list(range(pages)))
+    plans: list[Step] = []
+    while live.prefilled < length:
+        plans.append((plan_prefill(len(plans), [live], chunk, config),))
+    return plans
 
 
 def _random_pages(pages: jax.Array) -> jax.Array:

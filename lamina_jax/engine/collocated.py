@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.compilation import Compilation, Job
-from lamina_jax.core import MicrobatchPlan, StepPlan
+from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.compute import step_shapes
 from lamina_jax.engine.programs import Arrays, feed_tokens, sample_greedy
@@ -70,8 +70,8 @@ class CollocatedRunner:
         self._seconds += time.perf_counter() - started
         return sampled
 
-    def read(self, step: list[tuple[MicrobatchPlan, jax.Array]]) -> list[np.ndarray]:
-        return [np.asarray(sampled)[: batch.bucket[0]] for batch, sampled in step]
+    def read(self, step: list[tuple[MicrobatchPlan, jax.Array]]) -> list[Sampled]:
+        return [Sampled(tokens=np.asarray(sampled)[: batch.bucket[0]]) for batch, sampled in step]
 
     def stats(self) -> dict[str, Any]:
         steps = max(self._steps, 1)

@@ -6,6 +6,7 @@ tokens of the one before it are read, so that the devices always have work queue
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,17 +15,18 @@ from typing import Any
 
 from lamina_jax.compilation import CompilationCounter
 from lamina_jax.core import (
-    CompletionOutput,
-    FinishReason,
+    MicrobatchPlan,
     Request,
     RequestOutput,
+    Sampled,
     SamplingParams,
     StepPlan,
     TokenEvent,
 )
+from lamina_jax.engine.outputs import Choice, PromptOutput, logprobs_at, prompt_logprobs_of
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
-from lamina_jax.weights.tokenizer import Detokenizer, Tokenizer
+from lamina_jax.weights.tokenizer import Tokenizer
 
 
 class Engine:
@@ -54,7 +56,8 @@ class Engine:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
         self._facts, self._compilations = facts or {}, compilations
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, PromptOutput] = {}
+        self._choices: dict[str, tuple[PromptOutput, Choice]] = {}
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._steps, self._host_seconds = 0, 0.0
 
@@ -85,23 +88,59 @@ class Engine:
             ValueError: it cannot be served (too long, unknown token ids, an id in use); nothing else
                 is affected.
         """
-        wrong = [token for token in request.prompt_token_ids if not 0 <= token < self.vocab_size]
+        sampling, request_id = request.sampling, request.request_id
+        named = {*request.prompt_token_ids, *sampling.logit_bias, *sampling.stop_token_ids}
+        wrong = [token for token in named if not 0 <= token < self.vocab_size]
         if wrong:
-            raise ValueError(f"prompt token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
-        ends = set(request.sampling.stop_token_ids)
-        if not request.sampling.ignore_eos:
-            ends.update(self.eos_token_ids)
-        request = replace(request, stop_token_ids=frozenset(ends))
-        self.scheduler.add(request)
-        self._live[request.request_id] = _Live(request, self.tokenizer)
+            raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: stop needs one, use stop_token_ids")
+        if request_id in self._live:
+            raise ValueError(f"request {request_id!r} is already held: use another request_id")
+        children = self._children(request)
+        for child in children:  # alike: if one is refused, the first is
+            self.scheduler.add(child)
+        live = self._live[request_id] = PromptOutput(request, children, self.tokenizer)
+        self._choices.update((choice.request.request_id, (live, choice)) for choice in live.choices)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its last output, or None if the engine does not hold it."""
-        live = self._live.pop(request_id, None)
+        live = self._live.get(request_id)
         if live is None:
             return None
-        self.scheduler.abort(request_id)
-        return live.take(None, "abort")
+        for choice in live.choices:
+            if not choice.finished:
+                self.scheduler.abort(choice.request.request_id)
+                choice.end("abort")
+        self._forget(live)
+        return live.output()
+
+    def _children(self, request: Request) -> list[Request]:
+        """One request for each continuation, with what ends it and what it is drawn from."""
+        sampling = request.sampling
+        ends = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends.update(self.eos_token_ids)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
+        request = replace(request, stop_token_ids=frozenset(ends), seed=seed)
+        if sampling.n == 1:
+            return [request]
+        # The prompt is the same for all: the first tells its log-probabilities.
+        others = replace(sampling, prompt_logprobs=None)
+        return [
+            replace(
+                request,
+                request_id=f"{request.request_id}#{choice}",
+                choice=choice,
+                sampling=others if choice else sampling,
+            )
+            for choice in range(sampling.n)
+        ]
+
+    def _forget(self, live: PromptOutput) -> None:
+        del self._live[live.request.request_id]
+        for choice in live.choices:
+            self._choices.pop(choice.request.request_id, None)
 
     @property
     def has_work(self) -> bool:
@@ -119,9 +158,16 @@ class Engine:
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
             return []
         done, dispatched = self._in_flight.popleft()
-        tokens = self.runner.read(dispatched)
+        results = self.runner.read(dispatched)
         started = time.perf_counter()
-        outputs = [self._output(event) for event in self.scheduler.update(done, tokens)]
+        changed: dict[str, PromptOutput] = {}
+        for event in self.scheduler.update(done, [result.tokens for result in results]):
+            live = self._take(event, done.microbatches[event.microbatch], results[event.microbatch])
+            changed[live.request.request_id] = live
+        outputs = [live.output() for live in changed.values()]
+        for live in changed.values():
+            if live.finished:
+                self._forget(live)
         self._host_seconds += time.perf_counter() - started
         return outputs
 
@@ -141,46 +187,20 @@ class Engine:
             **self._facts,
         }
 
-    def _output(self, event: TokenEvent) -> RequestOutput:
-        live = self._live[event.request_id]
-        if event.finish_reason is not None:
-            del self._live[event.request_id]
-        return live.take(event.token_id, event.finish_reason)
-
-
-class _Live:
-    """A request that the engine holds, and its output so far."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self._request = request
-        self._detokenizer = (
-            Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer is not None else None
-        )
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-
-    def take(self, token_id: int | None, finish_reason: FinishReason | None) -> RequestOutput:
-        """Add a token (the one that ends a text is kept among the ids, not in the text)."""
-        request, stop_reason = self._request, None
-        if token_id is not None:
-            self._token_ids.append(token_id)
-            if finish_reason == "stop":
-                stop_reason = token_id if token_id in request.sampling.stop_token_ids else None
-            elif self._detokenizer is not None:
-                self._text.append(self._detokenizer.push(token_id))
-        if finish_reason is not None and self._detokenizer is not None:
-            self._text.append(self._detokenizer.flush())
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[
-                CompletionOutput(
-                    text="".join(self._text),
-                    token_ids=list(self._token_ids),
-                    finish_reason=finish_reason,
-                    stop_reason=stop_reason,
-                )
-            ],
-            finished=finish_reason is not None,
-        )
+    def _take(self, event: TokenEvent, plan: MicrobatchPlan, result: Sampled) -> PromptOutput:
+        """Bring one row's share of a step to its request."""
+        live, choice = self._choices[event.request_id]
+        sampling, row = choice.request.sampling, event.row
+        if sampling.prompt_logprobs is not None and result.prompt_logprobs is not None:
+            live.take_prompt(prompt_logprobs_of(result.prompt_logprobs, plan, row, sampling, self.tokenizer))
+        if event.token_id is None:
+            return live
+        logprobs = None
+        if sampling.logprobs is not None and result.logprobs is not None:
+            logprobs = logprobs_at(result.logprobs, row, event.token_id, sampling.logprobs, self.tokenizer)
+        choice.take(event.token_id, event.finish_reason, logprobs)
+        if (
+            choice.finished and event.finish_reason is None
+        ):  # at a stop string, of which the scheduler knows not
+            self.scheduler.abort(event.request_id)
+        return live

@@ -41,9 +41,10 @@ class Limits:
         """M: pages of a request of max_model_len."""
         return -(-self.max_model_len // self.page_size)
 
-    def scheduler(self, num_pages: int) -> SchedulerConfig:
+    def scheduler(self, num_pages: int, vocab_size: int) -> SchedulerConfig:
         """The scheduler's view of them, with a pool of `num_pages`."""
         return SchedulerConfig(
+            vocab_size=vocab_size,
             num_pages=num_pages,
             page_size=self.page_size,
             max_model_len=self.max_model_len,

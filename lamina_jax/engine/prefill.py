@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lamina_jax.core import MicrobatchPlan
+from lamina_jax.core import MicrobatchPlan, SamplingRows
 from lamina_jax.engine.rows import LiveRequest, page_places
+from lamina_jax.engine.sampling_rows import sampling_rows
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 STEP_TOKENS = 128
@@ -88,10 +89,22 @@ def plan_prefill(
         logits_at=logits_at,
         cached=bool(context_lens.any()),
         samples=samples,
+        sampling=_sampling(requests, samples, config),
         prompt_targets=targets.reshape(-1) if (targets >= 0).any() else None,
     )
     for row, request in enumerate(requests):
         request.prefilled = min(request.prefilled + width, len(request.request.prompt_token_ids))
         request.last_step = step
-        request.to_plan -= int(samples[row])
+        if samples[row]:
+            request.name_in(step)
     return plan
+
+
+def _sampling(
+    requests: Sequence[LiveRequest], samples: np.ndarray, config: SchedulerConfig
+) -> SamplingRows | None:
+    """For the rows whose prompts end here; what is drawn for the others is not read."""
+    if all(request.request.sampling.plain for row, request in enumerate(requests) if samples[row]):
+        return None
+    rows = [request.sampled_row() for request in requests]
+    return sampling_rows(rows, len(samples), vocab_size=config.vocab_size, history=config.max_model_len)

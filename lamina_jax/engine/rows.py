@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lamina_jax.core import MicrobatchPlan, Request
+from lamina_jax.core import MicrobatchPlan, Request, SamplingRows
+from lamina_jax.engine.sampling_rows import SampledRow, sampling_rows
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 
@@ -22,6 +23,7 @@ class LiveRequest:
         request: what was asked.
         num_pages: pages reserved for it when it is admitted.
         to_plan: tokens that may still be planned.
+        planned: tokens that were planned so far.
         prefilled: prompt tokens that were planned so far.
         to_read: tokens that may still be read; steps in flight make it larger than `to_plan`.
         pages: its pages in order of position.
@@ -34,6 +36,7 @@ class LiveRequest:
     num_pages: int
     to_plan: int
     to_read: int
+    planned: int = 0
     prefilled: int = 0
     pages: list[int] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
@@ -43,7 +46,16 @@ class LiveRequest:
     def name_in(self, step: int) -> None:
         """One more token of this request is planned, in `step`."""
         self.to_plan -= 1
+        self.planned += 1
         self.last_step = step
+
+    def sampled_row(self) -> SampledRow:
+        """What the sampler's arrays are made from, for the next token to be planned.
+
+        The newest token is this step's own input, perhaps not read yet: the history goes without it.
+        """
+        known = self.generated[: max(0, self.planned - 1)]
+        return SampledRow(request=self.request, index=self.planned, generated=known)
 
 
 class DecodeRows:
@@ -58,7 +70,7 @@ class DecodeRows:
         self.requests: list[LiveRequest] = []
         self._microbatch = microbatch
         self._config = config
-        self._step = -1
+        self._step, self._plain = -1, True
         self._block_tables = np.zeros((rows, config.table_width), np.int32)
         self._context_lens = np.zeros(rows, np.int32)
         self._tokens = np.zeros(rows, np.int32)
@@ -89,6 +101,7 @@ class DecodeRows:
             array[:live] = array[keep]
             array[live:before] = padding
         self.requests = [self.requests[row] for row in keep]
+        self._plain = all(request.request.sampling.plain for request in self.requests)
 
     def plan(self, step: int) -> MicrobatchPlan | None:
         """The next token of every row, or None if there are no rows. Shapes are those of a bucket."""
@@ -111,6 +124,7 @@ class DecodeRows:
             logits_at=self._rows[:rows],
             cached=True,
             samples=self._rows[:rows] < live,
+            sampling=None if self._plain else self._sampling(rows),
         )
         self._context_lens[:live] += 1
         self._tokens[:live] = 0
@@ -128,6 +142,14 @@ class DecodeRows:
         unread = feedback >= 0
         self._tokens[: len(feedback)][unread] = tokens[feedback[unread]]
         feedback[unread] = -1
+
+    def _sampling(self, rows: int) -> SamplingRows | None:
+        return sampling_rows(
+            [request.sampled_row() for request in self.requests],
+            rows,
+            vocab_size=self._config.vocab_size,
+            history=self._config.max_model_len,
+        )
 
     def _slots(self, live: int, rows: int) -> np.ndarray:
         """int32[B, 1]: where each row's new token is kept."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
-from lamina_jax.core import StepPlan
+from lamina_jax.core import Sampled, StepPlan
 
 
 @runtime_checkable
@@ -17,8 +15,8 @@ class ModelRunner(Protocol):
         """Queue a step; returns at once, with what `read` takes."""
         ...
 
-    def read(self, step: Any) -> list[np.ndarray]:
-        """Wait for a dispatched step: the sampled tokens int32[B] of each of its microbatches."""
+    def read(self, step: Any) -> list[Sampled]:
+        """Wait for a dispatched step: what came of each of its microbatches."""
         ...
 
     def stats(self) -> dict[str, Any]:

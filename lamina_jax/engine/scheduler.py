@@ -130,8 +130,9 @@ class Scheduler:
             tokens: int32[B] for each of its microbatches; what padding rows hold is ignored.
 
         Returns:
-            One event per live request of the plan that got a token. Tokens of requests that ended before,
-            by a stop token seen one step late or by `abort`, are dropped.
+            One event per live request of the plan that got a token; and, where log-probabilities of a
+            prompt are asked for, one without a token per chunk that does not end its prompt. Tokens of
+            requests that ended before, by a stop token seen one step late or by `abort`, are dropped.
 
         Raises:
             ValueError: `plan` is not the oldest in flight, or `tokens` do not have its shapes. The
@@ -156,8 +157,14 @@ class Scheduler:
             events += self._read(index, new)
             if microbatch.kind == "decode":
                 self._decode[microbatch.microbatch].read(plan.step, row_tokens)
-            else:
-                prefilled = [(request, token) for _, request, token in new]
+                continue
+            prefilled = [(request, token) for _, request, token in new]
+            if microbatch.prompt_targets is not None:
+                events += [
+                    _of_prompt(index, row, request)
+                    for row, request in enumerate(rows)
+                    if not (microbatch.samples[row] or request.ended)
+                ]
         self._start_decoding(prefilled)
         return events
 
@@ -270,3 +277,7 @@ def _checked(plan: StepPlan, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         got = [f"{array.dtype}{list(array.shape)}" for array in chosen]
         raise ValueError(f"step {plan.step} needs tokens of shapes {expected} in an integer dtype, got {got}")
     return chosen
+
+
+def _of_prompt(microbatch: int, row: int, request: LiveRequest) -> TokenEvent:
+    return TokenEvent(request_id=request.request.request_id, token_id=None, microbatch=microbatch, row=row)

@@ -15,6 +15,7 @@ class SchedulerConfig:
     """The limits of a scheduler. ConfigError names the setting that cannot be obeyed.
 
     Args:
+        vocab_size: V.
         num_pages: P, pages of the KV pool.
         page_size: p, tokens per page.
         max_model_len: longest prompt + continuation in tokens.
@@ -27,6 +28,7 @@ class SchedulerConfig:
         prefill_stall: how long requests that decode may wait for one, in seconds.
     """
 
+    vocab_size: int
     num_pages: int
     page_size: int
     max_model_len: int
@@ -38,7 +40,7 @@ class SchedulerConfig:
     prefill_stall: float = float("inf")
 
     def __post_init__(self) -> None:
-        for name in ("num_pages", "page_size", "max_model_len", "max_num_seqs", "microbatches"):
+        for name in ("vocab_size", "num_pages", "page_size", "max_model_len", "max_num_seqs", "microbatches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.padding_slot >= 2**31:

@@ -22,6 +22,7 @@ MODEL = FakeModel(vocab_size=11)
 
 def make_config(**changes):
     settings = {
+        "vocab_size": MODEL.vocab_size,
         "num_pages": 24,
         "page_size": 4,
         "max_model_len": 24,
@@ -102,7 +103,9 @@ class Driver:
 
     def update(self):
         plan, _ = self.in_flight.popleft()
-        events = self.scheduler.update(plan, self.runner.read(self.runner.dispatch(plan)))
+        events = self.scheduler.update(
+            plan, [result.tokens for result in self.runner.read(self.runner.dispatch(plan))]
+        )
         named = [request_id for microbatch in plan.microbatches for request_id in microbatch.request_ids]
         assert {event.request_id for event in events} <= set(named)
         for event in events:

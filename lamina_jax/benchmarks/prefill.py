@@ -1,0 +1,55 @@
+"""Prefill speed: prompt tokens per second, split and collocated.
+
+A prompt is prefilled in chunks, one after the other, as the scheduler would plan it when nothing else
+runs; the later chunks read what the earlier ones cached. See `lamina_jax.benchmarks.columns`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.columns import compare, models, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a prompt of 1024 tokens, three rounds")
+    parser.add_argument(
+        "--prompt", type=int, nargs="+", default=[256, 1024], help="its tokens (default 256 1024)"
+    )
+    parser.add_argument("--chunk", type=int, default=256, help="tokens prefilled at once (default 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="timings per column (default 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one timing, about (default 4)")
+    parser.add_argument(
+        "--model", nargs="+", help="folders; default: the bundled model and a random Qwen3-0.6B"
+    )
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a table per model and prompt length; the results as plain dicts."""
+    prompts, rounds = ([1024], 3) if args.quick else (args.prompt, args.rounds)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
+        for name, folder in models(args.model, Path(scratch)):
+            for prompt in prompts:
+                cell = compare(_worker(folder, prompt, args.chunk), rounds, args.seconds, args.settings)
+                results += [{"model": name, "prompt": prompt, "chunk": args.chunk, **row} for row in cell]
+                print(f"\n{name}: prefill of {prompt} tokens in chunks of {args.chunk}; median of {rounds}")
+                print(table(cell), flush=True)
+    return results
+
+
+def _worker(folder: str, prompt: int, chunk: int) -> dict[str, Any]:
+    return {
+        "model": folder,
+        "prompt": prompt,
+        "max_num_seqs": 1,
+        "max_model_len": prompt + 64,
+        "max_prefill_tokens": min(chunk, prompt),
+        "prefill_stall_ms": math.inf,
+    }
