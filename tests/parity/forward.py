@@ -18,10 +18,12 @@ RELATIVE = 1e-4
 
 
 class Forward:
-    """The model of a folder in float32, compiled once for sequences of at most `length` tokens."""
+    """The model of a folder, compiled once for sequences of at most `length` tokens."""
 
-    def __init__(self, folder: Path, length: int, layout: Literal["out_in", "in_out"]) -> None:
-        model = build(read_config(folder), Storage(jnp.dtype(jnp.float32), layout))
+    def __init__(
+        self, folder: Path, length: int, layout: Literal["out_in", "in_out"], dtype: str = "float32"
+    ) -> None:
+        model = build(read_config(folder), Storage(jnp.dtype(dtype), layout))
         load_model(folder, model, lambda spec, array: jax.device_put(array))
         self._length = length
         self._logits = jax.jit(lambda tokens, at: model(tokens, jnp.arange(length, dtype=jnp.int32), at))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from reference import make_case
+from reference_bfloat16 import save_references
 from safetensors.torch import load_file, save_file
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "parity"
@@ -130,6 +131,7 @@ def make_all(fixtures: Path) -> None:
             make_case(made / name, config, seed=number)
             print(f"made {name}")
         shard(made / SHARDED)
+        save_references(made / "bfloat16.npz")
         shutil.rmtree(fixtures, ignore_errors=True)
         made.rename(fixtures)
 

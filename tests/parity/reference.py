@@ -39,10 +39,10 @@ def make_case(folder: Path, config: dict[str, Any], seed: int) -> None:
     raise RuntimeError(f"{folder.name}: no seed without near-ties; change the model's size")
 
 
-def load(folder: Path) -> torch.nn.Module:
-    """The folder's model as transformers reads it, in float32."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The folder's model as transformers reads it."""
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager"
     ).eval()
 
 
