@@ -21,17 +21,23 @@ class Compilation:
         function: pure, of pytrees of arrays.
         inputs: its arguments as ShapeDtypeStructs with shardings.
         donate: which arguments are given up.
+        out: shardings of what it returns, a prefix of it; None: as they come.
     """
 
     def __init__(
-        self, function: Callable[..., Any], inputs: tuple[Any, ...], donate: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        inputs: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
+        out: Any = None,
     ) -> None:
-        self._function, self._inputs, self._donate = function, inputs, donate
+        self._function, self._inputs, self._donate, self._out = function, inputs, donate, out
         self.compiled: Any = None
 
     def compile(self) -> None:
         """Lower and compile; may run in any thread."""
-        self.compiled = jax.jit(self._function, donate_argnums=self._donate).lower(*self._inputs).compile()
+        program = jax.jit(self._function, donate_argnums=self._donate, out_shardings=self._out)
+        self.compiled = program.lower(*self._inputs).compile()
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)

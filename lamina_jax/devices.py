@@ -44,9 +44,10 @@ def choose_devices(
         ConfigError: a device that does not exist, or a number of memory devices that does not divide
             the KV heads.
     """
-    workers = _memory_devices_for(os.cpu_count() or 1, num_kv_heads) if disaggregated else 1
+    workers = _memory_devices_for(os.cpu_count() or 1, num_kv_heads) if disaggregated else 0
     highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
-    _make_cpu_devices(highest + 1 if memory else max(1 + workers if disaggregated else 1, highest + 1))
+    # With no memory_devices named, they come behind those that compute.
+    _make_cpu_devices(highest + 1 if memory else max(1, highest + 1) + workers)
     found_compute = _parse("compute_devices", compute) if compute else tuple(jax.devices()[:1])
     if not disaggregated:
         if memory:

@@ -16,7 +16,8 @@ HOST_FRACTION = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes over a whole mesh, and the pages that they allow."""
+    """Bytes, and the pages that they allow: of the cache over its whole mesh, of the weights on each of
+    the compute mesh's `compute_devices`."""
 
     num_pages: int
     page_bytes: int
@@ -24,6 +25,7 @@ class Budget:
     available_bytes: int
     memory_fraction: float
     weights_share_memory: bool
+    compute_devices: int
 
     def table(self, page_size: int) -> str:
         """The budget as lines to print; sizes in MiB."""
@@ -33,16 +35,24 @@ class Budget:
                 f"usable (memory_fraction={self.memory_fraction:g})",
                 int(self.available_bytes * self.memory_fraction),
             ),
-            ("weights" + ("" if self.weights_share_memory else " (on other devices)"), self.weight_bytes),
+            (self._weights_row, self.weight_bytes),
             (f"KV cache: {self.num_pages} pages of {page_size} tokens", self.num_pages * self.page_bytes),
         ]
         return "\n".join(f"{name:<52}{size / 2**20:>12,.1f} MiB" for name, size in rows)
+
+    @property
+    def _weights_row(self) -> str:
+        each = f" on each of {self.compute_devices} compute devices" if self.compute_devices > 1 else ""
+        return f"weights{each}" + ("" if self.weights_share_memory else " (on other devices)")
 
 
 def plan_budget(
     config: EngineConfig, geometry: CacheGeometry, devices: Devices, *, weight_bytes: int, max_model_len: int
 ) -> Budget:
     """As many pages as the memory allows, but no more than all sequences at full length need.
+
+    Args:
+        weight_bytes: on each compute device.
 
     Raises:
         ConfigError: not even one request of full length fits; the text names what to change.
@@ -53,8 +63,8 @@ def plan_budget(
         fraction = HOST_FRACTION if on_host else ACCELERATOR_FRACTION
     available = _host_memory() if on_host else sum(_device_memory(device) for device in devices.memory)
     # Weights that are loaded already are gone from a host's free memory, but not from a device's limit.
-    shared = on_host or bool(set(devices.compute) & set(devices.memory))
-    usable = int(available * fraction) - (weight_bytes if shared else 0)
+    sharing = len(devices.compute) if on_host else len(set(devices.compute) & set(devices.memory))
+    usable = int(available * fraction) - weight_bytes * sharing
     per_request = -(-max_model_len // geometry.page_size)
     wanted = config.num_pages or min(config.max_num_seqs * per_request, usable // geometry.bytes_per_page)
     if config.num_pages is None and wanted < per_request:
@@ -70,7 +80,8 @@ def plan_budget(
         weight_bytes=weight_bytes,
         available_bytes=available,
         memory_fraction=fraction,
-        weights_share_memory=shared,
+        weights_share_memory=sharing > 0,
+        compute_devices=len(devices.compute),
     )
 
 

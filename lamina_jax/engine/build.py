@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from lamina_jax.compilation import CompilationCounter, Job, compile_all
 from lamina_jax.config import ConfigError, EngineConfig
@@ -26,6 +25,7 @@ from lamina_jax.engine.compute import ComputeSide, step_shapes
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.limits import Limits, resolve_limits
+from lamina_jax.engine.placement import bytes_per_device, place_weight
 from lamina_jax.engine.programs import windows_of
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
@@ -33,20 +33,17 @@ from lamina_jax.engine.warmup import measure_prefill
 from lamina_jax.exchange.local import LocalExchange
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import CheckpointError, read_config
-from lamina_jax.pool.geometry import CacheGeometry, head_ranges
+from lamina_jax.pool.geometry import CacheGeometry, HeadTable, head_table
 from lamina_jax.pool.shard import AttentionKind, AttentionShard, CachedPart
 from lamina_jax.slicing import Sliced, slice_at_attention
 from lamina_jax.weights.hub import HUB_ID, find_snapshot
-from lamina_jax.weights.loader import TensorSpec, load_model
+from lamina_jax.weights.loader import load_model
 from lamina_jax.weights.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 """`report(phase, done, total)` while an engine starts; total is 0 where it is not known."""
-
-TENSOR_AXES = {"vocab", "mlp", "heads", "kv_heads"}
-"""Logical axes that are sharded over the compute mesh's axis "tensor"; the others are replicated."""
 
 
 def build_engine(
@@ -81,10 +78,15 @@ def build_engine(
     )
     limits = resolve_limits(config, shape.max_position, share_silicon=devices.share_silicon)
     mesh = Mesh(np.array(devices.compute), ("tensor",))
+    parts, copies = _collocated, 1
+    if disaggregated:
+        sides = len(devices.compute), len(devices.memory)
+        table = head_table(shape.num_heads, shape.num_kv_heads, *sides)
+        parts, copies = partial(_disaggregated, cached_part, table), table.copies
     report("loading weights", 0, 0)
     storage = _storage(config, shape, devices)
     model = build(shape, storage)
-    load_model(folder, model, lambda spec, array: jax.device_put(array, _sharding(spec, mesh)))
+    load_model(folder, model, partial(place_weight, mesh=mesh, head_dim=shape.head_dim, copies=copies))
     tokenizer = load_tokenizer(folder)
 
     report("slicing", 0, 0)
@@ -101,14 +103,13 @@ def build_engine(
         dtype=str(storage.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
         wire_dtype=str(storage.dtype),
     )
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    weight_bytes = bytes_per_device(jax.tree.leaves(params))
     budget = plan_budget(
         config, geometry, devices, weight_bytes=weight_bytes, max_model_len=limits.max_model_len
     )
     log.info("memory budget\n%s", budget.table(config.page_size))
     geometry = replace(geometry, num_pages=budget.num_pages)
 
-    parts = partial(_disaggregated, cached_part) if disaggregated else _collocated
     runner, pages, jobs = parts(sliced, params, geometry, mesh, devices, limits)
     page_devices = _devices_of(pages)
     compile_all(jobs, lambda done, total: report("compiling", done, total))
@@ -128,6 +129,7 @@ def build_engine(
             "microbatches": limits.microbatches,
             "overlap": limits.overlap,
             "max_model_len": limits.max_model_len,
+            "weight_bytes_per_device": weight_bytes,
             "weight_devices": _devices_of(jax.tree.leaves(params)),
             "page_devices": page_devices,
         },
@@ -137,6 +139,7 @@ def build_engine(
 
 def _disaggregated(
     cached_part: CachedPart | None,
+    table: HeadTable,
     sliced: Sliced,
     params: Any,
     geometry: CacheGeometry,
@@ -144,29 +147,30 @@ def _disaggregated(
     devices: Devices,
     limits: Limits,
 ) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
-    if len(devices.compute) > 1:
-        raise ConfigError(
-            f"compute_devices names {len(devices.compute)} devices: a disaggregated engine computes on one "
-            "for now (tensor parallelism is for placement=collocated)"
-        )
-    workers = len(devices.memory)
-    ranges = head_ranges(geometry.num_heads, geometry.num_kv_heads, workers)
-    for held, device in zip(ranges, devices.memory, strict=True):
-        log.info("%s holds KV heads %d-%d", device, held.kv_start, held.kv_stop - 1)
+    for piece in table.pieces:
+        log.info("%s and %s: %s", devices.compute[piece.shard], devices.memory[piece.worker], piece)
     kinds = [AttentionKind(op.scale, op.softcap) for op in sliced.attentions]
     windows = windows_of(sliced)
-    share = geometry.share(workers)
+    share = geometry.share(table.workers)
     shards = [
-        AttentionShard(share, device, windows, kinds, cached_part=cached_part) for device in devices.memory
+        AttentionShard(
+            share,
+            device,
+            windows,
+            kinds,
+            pieces=table.per_worker,
+            copies=table.copies,
+            cached_part=cached_part,
+        )
+        for device in devices.memory
     ]
-    place = NamedSharding(mesh, P())
-    compute = ComputeSide(sliced, params, place, ranges, limits.rows)
+    compute = ComputeSide(sliced, params, mesh, table, limits.rows)
     jobs: list[Job] = []
     for bucket, cached in _buckets(limits):
         jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
         for shard in shards:
             jobs += shard.jobs(bucket, limits.pages_per_request, cached=cached, overlap=limits.overlap)
-    runner = DisaggregatedRunner(compute, LocalExchange(shards, devices.compute[0]), overlap=limits.overlap)
+    runner = DisaggregatedRunner(compute, LocalExchange(shards, table, mesh), overlap=limits.overlap)
     return runner, [pages for shard in shards for pages in shard.pages], jobs
 
 
@@ -199,12 +203,6 @@ def _storage(config: EngineConfig, shape: ModelConfig, devices: Devices) -> Stor
     dtype = jnp.dtype(shape.dtype if config.dtype == "auto" else config.dtype)
     on_cpu = devices.compute[0].platform == "cpu"
     return Storage(dtype, "in_out" if on_cpu and dtype == jnp.float32 else "out_in")
-
-
-def _sharding(spec: TensorSpec, mesh: Mesh) -> NamedSharding:
-    """Over the axis "tensor" where the parameter has a logical axis for it that divides evenly."""
-    sharded = ["tensor" if axis in TENSOR_AXES else None for axis in spec.axes]
-    return NamedSharding(mesh, P(*sharded))
 
 
 def find_model(name: str) -> Path:

@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.engine import programs
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
-from lamina_jax.engine.programs import Arrays, Form, Inputs, Shape
-from lamina_jax.pool.geometry import HeadRange
+from lamina_jax.engine.programs import Arrays, Form, Inputs, QueryOutputs, Shape, SliceOutputs
+from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_shape
 from lamina_jax.slicing import Sliced, Stage
 
@@ -43,18 +43,19 @@ class ComputeSide:
     Args:
         sliced: the model function `fn(params, tokens[T], positions[T], logits_at[B]) -> logits[B, V]`.
         params: its weights, on the compute mesh.
-        place: where activations live: replicated over the compute mesh.
-        ranges: which heads each memory worker holds.
+        mesh: the compute mesh, of one axis "tensor".
+        table: which heads its devices exchange with which worker.
         rows: most rows of a microbatch.
     """
 
-    def __init__(
-        self, sliced: Sliced, params: Any, place: Sharding, ranges: tuple[HeadRange, ...], rows: int
-    ) -> None:
-        self.num_slices, self.place = len(sliced.slices), place
-        self._sliced, self._params, self._ranges, self._rows = sliced, params, ranges, rows
+    def __init__(self, sliced: Sliced, params: Any, mesh: Mesh, table: HeadTable, rows: int) -> None:
+        self.num_slices, self._mesh, self._table = len(sliced.slices), mesh, table
+        self._sliced, self._params, self._rows = sliced, params, rows
+        self.place = NamedSharding(mesh, programs.WHOLE)
+        self._heads, self._flat = NamedSharding(mesh, programs.HEADS), NamedSharding(mesh, programs.FLAT)
         self._weights = jax.tree.leaves(params)
-        self._windows = [jax.device_put(np.int32(window), place) for window in programs.windows_of(sliced)]
+        windows = programs.windows_of(sliced)
+        self._windows = [jax.device_put(np.int32(window), self.place) for window in windows]
         self.programs_queued = 0
         self._compilations: dict[Hashable, Compilation] = {}
         self._programs: dict[tuple[Bucket, bool, int, Form], Program] = {}
@@ -99,7 +100,7 @@ class ComputeSide:
     def jobs(self, bucket: Bucket, *, cached: bool, overlap: bool) -> Iterator[Job]:
         """What compiles the programs of one bucket: with a cached part or none, in two stages or one."""
         sliced = self._sliced.at(self._params, *step_shapes(bucket))
-        shape = Shape(*bucket, self._ranges)
+        shape = Shape(*bucket, self._mesh, self._table.per_shard)
         for index in range(self.num_slices):
             for form in _forms(index == self.num_slices - 1, cached and overlap):
                 stage, function, inputs = self._describe(sliced, shape, index, form, cached)
@@ -113,7 +114,7 @@ class ComputeSide:
                     tuple(type(a) is int for a in arguments),
                 )
                 name = f"slice {index} ({form}) {bucket}"
-                yield from self._job(name, key, function, inputs)
+                yield from self._job(name, key, function, inputs, out=self._out(form))
                 self._programs[bucket, cached, index, form] = Program(self._compilations[key], arguments)
 
         (logits,) = sliced.slices[-1].fused.out_avals
@@ -124,9 +125,11 @@ class ComputeSide:
             feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
             yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)
 
-    def _job(self, name: str, key: Hashable, function: Callable[..., Any], *inputs: Any) -> Iterator[Job]:
+    def _job(
+        self, name: str, key: Hashable, function: Callable[..., Any], *inputs: Any, out: Any = None
+    ) -> Iterator[Job]:
         if key not in self._compilations:
-            self._compilations[key] = Compilation(function, inputs)
+            self._compilations[key] = Compilation(function, inputs, out=out)
             yield name, self._compilations[key].compile
 
     def _describe(
@@ -150,7 +153,7 @@ class ComputeSide:
                 function = partial(programs.whole_slice, stage, attention, shape, send_q=cached)
             else:
                 function = partial(programs.rest_stage, stage, attention, shape)
-                fields["q"] = self._struct(shape.of(attention.q), attention.q.dtype)
+                fields["q"] = self._struct(shape.of(attention.q), attention.q.dtype, self._heads)
                 fields["early"] = tuple(self._struct(a.shape, a.dtype) for a in piece.stages[0].out_avals[1:])
         arguments = tuple(
             self._struct(aval.shape, aval.dtype, self._sharding(port.index))
@@ -164,14 +167,19 @@ class ComputeSide:
         op = sliced.attentions[layer].o
         rows, queries, heads, size = shape.of(op)
         local = (rows, queries, heads, size)
-        messages = [
-            message_shape((rows, queries, held.q_stop - held.q_start, size), op.dtype)
-            for held in self._ranges
-        ]
+        piece = message_shape((rows, queries, heads // len(self._table.pieces), size), op.dtype)
+        message = self._struct((self._table.shards * piece.size,), piece.dtype, self._flat)
         return {
-            "local": (self._struct(local, np.float32), self._struct(local[:3], np.float32)),
-            "cached": tuple(self._struct(m.shape, m.dtype) for m in messages) if cached else (),
+            "local": tuple(self._struct(dims, np.float32, self._heads) for dims in (local, local[:3])),
+            "cached": (message,) * self._table.per_shard if cached else (),
         }
+
+    def _out(self, form: Form) -> Any:
+        """Where a program leaves what it returns: sent, q or the local part, early or the carry; logits."""
+        if form == "last":
+            return self.place
+        outputs: Any = QueryOutputs if form == "query" else SliceOutputs
+        return outputs(self._heads, self._heads, self.place)
 
     def _arguments(self, stage: Stage) -> tuple[Any, ...]:
         """The weights that a stage reads and, as ints, the step's own arguments, in its order."""

@@ -2,25 +2,37 @@
 
 The converter knows only the hole `o = attention(q, k, v)`. Here the hole gets its engine's reading:
 `o` is merged from the parts of the layer before, and k, v leave with the local part computed.
-A program takes its weights as arguments, so that like slices share one.
+A program takes its weights as arguments, so that like slices share one. XLA partitions the model's own
+operators over the compute mesh, from the shardings of the weights; what is around them (cutting,
+local part, merge) runs on every shard for its own heads, and moves nothing between shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from lamina_jax.ops import Part, local_part, merge
-from lamina_jax.pool.geometry import HeadRange
 from lamina_jax.pool.message import unpack_part
 from lamina_jax.pool.metadata import Leaf
 from lamina_jax.slicing import Attention, Port, Sliced, Stage
 
 Arrays = tuple[jax.Array, ...]
+
+WHOLE = P()
+"""Of the step's arguments, the carry and the logits: on every device of the compute mesh."""
+
+HEADS = P(None, None, "tensor")
+"""Of q, k, v and o [B, Q, heads, H], of lse [B, Q, N] and of the pieces that are sent."""
+
+FLAT = P("tensor")
+"""Of a message that came back (`lamina_jax.pool.message`), one of each shard."""
 
 Form = Literal["query", "rest", "whole", "last"]
 """What a program is: a slice's stage 1, its stage 2, both in one, or the slice behind the last attention."""
@@ -28,11 +40,13 @@ Form = Literal["query", "rest", "whole", "last"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The static half of a program beside its stage: B rows of Q tokens, and who gets which heads."""
+    """The static half of a program beside its stage: B rows of Q tokens, the compute mesh over whose
+    axis "tensor" heads are cut, and in how many pieces each of its shards cuts its own for the workers."""
 
     rows: int
     queries: int
-    ranges: tuple[HeadRange, ...]
+    mesh: Mesh
+    pieces: int
 
     def of(self, x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         """The shape [B, Q, heads, H] of an x[T, heads, H]."""
@@ -41,6 +55,10 @@ class Shape:
     def batched(self, x: jax.Array) -> jax.Array:
         """[T, heads, H] as [B, Q, heads, H]."""
         return x.reshape(self.rows, self.queries, *x.shape[1:])
+
+    def by_shard(self, function: Callable[..., Any], in_specs: tuple[P, ...]) -> Callable[..., Any]:
+        """`function` on every shard's own heads; what it returns is cut along the heads."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=HEADS)
 
 
 class Inputs(NamedTuple):
@@ -51,7 +69,7 @@ class Inputs(NamedTuple):
             weights, and of the step tokens[T], positions[T], logits_at[B].
         carried: what crossed the boundary before this slice.
         local: the local part of the attention before; None in the first slice.
-        cached: each memory worker's cached part of it, a message; empty where there is none.
+        cached: its cached part, a message of each piece; empty where there is none.
         early: what this slice's first stage left for its second.
         q: this slice's q[B, Q, N, H], for its second stage.
         window: int32 scalar, the window of the attention after.
@@ -67,7 +85,7 @@ class Inputs(NamedTuple):
 
 
 class QueryOutputs(NamedTuple):
-    """Of a first stage: q cut for the workers, q whole, and what else the second stage needs."""
+    """Of a first stage: q cut for the workers, q itself, and what else the second stage needs."""
 
     sent: Arrays
     q: jax.Array
@@ -86,15 +104,16 @@ def query_stage(stage: Stage, shape: Shape, inputs: Inputs) -> QueryOutputs:
     """Stage 1 of a slice: everything that q needs."""
     q, *early = run_stage(stage, shape, inputs)
     q = shape.batched(q)
-    return QueryOutputs(_queries_of(q, shape.ranges), q, tuple(early))
+    sent = shape.by_shard(lambda q: _cut((q,), shape.pieces), (HEADS,))(q)
+    return QueryOutputs(sent, q, tuple(early))
 
 
 def rest_stage(stage: Stage, attention: Attention, shape: Shape, inputs: Inputs) -> SliceOutputs:
     """Stage 2: k, v, the local part and the carry, computed while the cached part is away."""
     k, v, *carried = run_stage(stage, shape, inputs)
-    k, v = shape.batched(k), shape.batched(v)
-    local = local_part(inputs.q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
-    return SliceOutputs(_kv_of(k, v, shape.ranges), local, tuple(carried))
+    qkv = (inputs.q, shape.batched(k), shape.batched(v))
+    sent, local = _attended(attention, shape, inputs.window, qkv, send_q=False)
+    return SliceOutputs(sent, local, tuple(carried))
 
 
 def whole_slice(
@@ -102,12 +121,8 @@ def whole_slice(
 ) -> SliceOutputs:
     """Both stages in one program; q leaves in one message with k and v, or not at all."""
     q, k, v, *carried = run_stage(stage, shape, inputs)
-    q, k, v = shape.batched(q), shape.batched(k), shape.batched(v)
-    local = local_part(q, k, v, scale=attention.scale, window=inputs.window, softcap=attention.softcap)
-    sent = _kv_of(k, v, shape.ranges)
-    if send_q:
-        queries = _queries_of(q, shape.ranges)
-        sent = tuple(jnp.concatenate(pair, axis=2) for pair in zip(queries, sent, strict=True))
+    qkv = (shape.batched(q), shape.batched(k), shape.batched(v))
+    sent, local = _attended(attention, shape, inputs.window, qkv, send_q=send_q)
     return SliceOutputs(sent, local, tuple(carried))
 
 
@@ -168,20 +183,32 @@ def run_stage(stage: Stage, shape: Shape, inputs: Inputs) -> Arrays:
 
 def _merged(inputs: Inputs, shape: Shape, aval: jax.ShapeDtypeStruct) -> jax.Array:
     """The output of the attention before, as `aval` says."""
-    local: Part = inputs.local
-    parts = [local]
-    if inputs.cached:
-        rows, queries, _, size = local[0].shape
-        heads = [(rows, queries, held.q_stop - held.q_start, size) for held in shape.ranges]
-        cached = [unpack_part(*message, aval.dtype) for message in zip(inputs.cached, heads, strict=True)]
-        o, lse = zip(*cached, strict=True)
-        parts.append((jnp.concatenate(o, axis=2), jnp.concatenate(lse, axis=2)))
-    return merge(parts)[0].reshape(aval.shape).astype(aval.dtype)
+
+    def merged(local: Part, cached: Arrays) -> jax.Array:
+        if not cached:
+            return merge([local])[0]
+        rows, queries, heads, size = local[0].shape
+        piece = (rows, queries, heads // len(cached), size)
+        o, lse = zip(*(unpack_part(message, piece, aval.dtype) for message in cached), strict=True)
+        return merge([local, (jnp.concatenate(o, axis=2), jnp.concatenate(lse, axis=2))])[0]
+
+    o = shape.by_shard(merged, (HEADS, FLAT))(inputs.local, inputs.cached)
+    return o.reshape(aval.shape).astype(aval.dtype)
 
 
-def _queries_of(q: jax.Array, ranges: Sequence[HeadRange]) -> Arrays:
-    return tuple(q[:, :, r.q_start : r.q_stop] for r in ranges)
+def _attended(
+    attention: Attention, shape: Shape, window: jax.Array, qkv: Arrays, *, send_q: bool
+) -> tuple[Arrays, Part]:
+    """k and v, with q or without it, cut for the workers; and the local part."""
+
+    def attended(window: jax.Array, qkv: Arrays) -> tuple[Arrays, Part]:
+        local = local_part(*qkv, scale=attention.scale, window=window, softcap=attention.softcap)
+        return _cut(qkv if send_q else qkv[1:], shape.pieces), local
+
+    return shape.by_shard(attended, (WHOLE, HEADS))(window, qkv)
 
 
-def _kv_of(k: jax.Array, v: jax.Array, ranges: Sequence[HeadRange]) -> Arrays:
-    return tuple(jnp.concatenate([x[:, :, r.kv_start : r.kv_stop] for x in (k, v)], axis=2) for r in ranges)
+def _cut(arrays: Arrays, pieces: int) -> Arrays:
+    """Each array [B, Q, heads, H] cut along its heads, and its pieces joined with the others'."""
+    cut = [jnp.split(array, pieces, axis=2) for array in arrays]
+    return tuple(jnp.concatenate(piece, axis=2) for piece in zip(*cut, strict=True))

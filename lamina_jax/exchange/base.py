@@ -13,7 +13,11 @@ from lamina_jax.core import MicrobatchPlan
 
 @dataclass
 class WireCount:
-    """What crossed between the meshes: tensor bytes and messages, step metadata apart."""
+    """What crossed between the meshes: tensor bytes and messages, step metadata apart.
+
+    With more compute shards than KV heads, k and v sent by themselves count once per KV head as ever;
+    in a message with q they count once per shard, since all shards run one program and send alike.
+    """
 
     tensor_bytes: int = 0
     messages: int = 0
@@ -27,27 +31,31 @@ class WireCount:
 
 @runtime_checkable
 class StepExchange(Protocol):
-    """One microbatch's step, as the compute side sees it. A tensor is a tuple: one array per memory
-    worker, cut along its heads by `lamina_jax.pool.geometry.head_ranges`. B rows of Q new tokens.
+    """One microbatch's step, as the compute side sees it. B rows of Q new tokens.
+
+    A tensor is cut along its heads in c pieces by `lamina_jax.pool.geometry.HeadTable`. It is a tuple
+    of c / t arrays, each sharded over the compute mesh with one piece of each of the t shards (so that
+    t = 1: one array of each piece). n, k: query and KV heads of a piece.
 
     A layer either sends q first and k, v when they are ready (`send_query`, `send_kv`), or all in one
     message (`send_all`). No call waits for the other side.
     """
 
     def send_query(self, layer: int, q: tuple[jax.Array, ...]) -> None:
-        """q[B, Q, N_w, H] to each worker, which starts on the cached part."""
+        """q[B, Q, t n, H] to the workers, which start on the cached part."""
         ...
 
     def send_kv(self, layer: int, kv: tuple[jax.Array, ...]) -> None:
-        """kv[B, Q, 2 K_w, H] (k's heads, then v's) to each worker, to be appended to its pages."""
+        """kv[B, Q, t 2k, H] (of each shard k's heads, then v's) to the workers, to be appended to pages.
+        Of shards with the same KV heads the lowest one sends."""
         ...
 
     def send_all(self, layer: int, qkv: tuple[jax.Array, ...]) -> None:
-        """qkv[B, Q, N_w + 2 K_w, H] to each worker: both of the above."""
+        """qkv[B, Q, t (n + 2k), H]: both of the above. Every shard sends its k and v, copies too."""
         ...
 
     def receive(self, layer: int) -> tuple[jax.Array, ...]:
-        """Each worker's cached part on the compute mesh, a message of `lamina_jax.pool.message`."""
+        """The cached part: c / t arrays of t messages of `lamina_jax.pool.message`, on their shards."""
         ...
 
 

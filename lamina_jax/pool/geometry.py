@@ -1,4 +1,4 @@
-"""The shape of the paged KV cache, and who holds which KV heads. No jax here.
+"""The shape of the paged KV cache, and who holds which heads. No jax here.
 
 One array per layer, [P, 2, K, p, H]: a page id means the same slot in every layer. The cache is
 partitioned by KV head over the devices of the memory mesh (paper 5).
@@ -7,6 +7,8 @@ partitioned by KV head over the devices of the memory mesh (paper 5).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from lamina_jax.config import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +47,92 @@ class CacheGeometry:
 
 
 @dataclass(frozen=True)
-class HeadRange:
-    """The heads that memory worker `worker` holds: KV heads [kv_start, kv_stop) and their queries'."""
+class Piece:
+    """Heads that one compute shard has in common with one worker: query heads [q_start, q_stop) and
+    their KV heads [kv_start, kv_stop). `sends_kv`: of several shards with the same KV heads, the lowest.
+    """
 
+    shard: int
     worker: int
-    kv_start: int
-    kv_stop: int
     q_start: int
     q_stop: int
+    kv_start: int
+    kv_stop: int
+    sends_kv: bool
+
+    def __str__(self) -> str:
+        heads = f"query heads {self.q_start}-{self.q_stop - 1}, KV heads {self.kv_start}-{self.kv_stop - 1}"
+        return heads if self.sends_kv else f"{heads} (k and v come from a shard before)"
 
 
-def head_ranges(num_heads: int, num_kv_heads: int, workers: int) -> tuple[HeadRange, ...]:
-    """Who holds what: the one table by which q, k, v and o are cut for the exchange."""
-    kv, group = num_kv_heads // workers, num_heads // num_kv_heads
-    return tuple(
-        HeadRange(w, w * kv, (w + 1) * kv, w * kv * group, (w + 1) * kv * group) for w in range(workers)
+@dataclass(frozen=True)
+class HeadTable:
+    """Who talks to whom: t compute shards and W workers cut the heads in c = max(t, W) equal pieces.
+
+    Piece j is on compute shard j // (c / t) and on worker j // (c / W).
+    """
+
+    shards: int
+    workers: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def per_shard(self) -> int:
+        """Pieces of one compute shard."""
+        return len(self.pieces) // self.shards
+
+    @property
+    def per_worker(self) -> int:
+        """Pieces of one worker."""
+        return len(self.pieces) // self.workers
+
+    @property
+    def copies(self) -> int:
+        """Compute shards that hold the same KV head: more than one where they outnumber the KV heads."""
+        return sum(piece.kv_start == 0 for piece in self.pieces)
+
+    def of_worker(self, worker: int) -> range:
+        """The indices of a worker's pieces."""
+        return range(worker * self.per_worker, (worker + 1) * self.per_worker)
+
+
+def head_table(num_heads: int, num_kv_heads: int, shards: int, workers: int) -> HeadTable:
+    """The one table by which q, k, v and o are cut for the exchange; `workers` divides the KV heads.
+
+    With more shards than KV heads each shard has one, computed from weights that were repeated.
+
+    Raises:
+        ConfigError: heads that so many shards cannot share evenly, among each other or with the workers.
+    """
+    if not _even(num_heads, num_kv_heads, shards, workers):
+        fitting = [str(t) for t in range(1, num_heads + 1) if _even(num_heads, num_kv_heads, t, workers)]
+        raise ConfigError(
+            f"compute_devices names {shards} devices, which cannot share the model's {num_heads} query and "
+            f"{num_kv_heads} KV heads evenly with {workers} memory devices; {', '.join(fitting)} would"
+        )
+    count = max(shards, workers)
+    copies = max(1, count // num_kv_heads)
+    q, kv = num_heads // count, max(1, num_kv_heads // count)
+    return HeadTable(
+        shards,
+        workers,
+        tuple(
+            Piece(
+                shard=j * shards // count,
+                worker=j * workers // count,
+                q_start=j * q,
+                q_stop=(j + 1) * q,
+                kv_start=j // copies * kv,
+                kv_stop=(j // copies + 1) * kv,
+                sends_kv=j % copies == 0,
+            )
+            for j in range(count)
+        ),
     )
+
+
+def _even(num_heads: int, num_kv_heads: int, shards: int, workers: int) -> bool:
+    def either(a: int, b: int) -> bool:
+        return a % b == 0 or b % a == 0
+
+    return num_heads % shards == 0 and either(shards, num_kv_heads) and either(shards, workers)

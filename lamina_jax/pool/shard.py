@@ -21,6 +21,7 @@ from lamina_jax.pool.message import pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
 from pallas_kernels import append_kv, paged_attention
 
+Arrays = tuple[jax.Array, ...]
 Bucket = tuple[int, int]
 
 
@@ -47,6 +48,8 @@ class AttentionShard:
         windows: the attention window of each layer (`lamina_jax.ops.NO_WINDOW`: none).
         kinds: scale and softcap of each layer's attention.
         cached_part: what computes the cached part; None: `paged_attention`.
+        pieces: in how many equal pieces the heads come and go, each by its own message (n = N / pieces).
+        copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
     """
 
     def __init__(
@@ -57,8 +60,11 @@ class AttentionShard:
         kinds: Sequence[AttentionKind],
         *,
         cached_part: CachedPart | None = None,
+        pieces: int = 1,
+        copies: int = 1,
     ) -> None:
         self.geometry, self.device = geometry, device
+        self._pieces, self._copies = pieces, copies
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
         self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
@@ -71,21 +77,24 @@ class AttentionShard:
         """Bring a microbatch's metadata to the device."""
         return jax.device_put(metadata_of(plan), self.device)
 
-    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: jax.Array) -> jax.Array:
-        """The cached part of q[B, Q, N, H] as one message, o in q's dtype (`lamina_jax.pool.message`)."""
+    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: Arrays) -> Arrays:
+        """The cached part of each piece q[B, Q, n, H] as a message (`lamina_jax.pool.message`), o in q's
+        dtype."""
         program = self._programs["attend", bucket, self._kinds[layer]]
         return program(self._pages[layer], self._windows[layer], meta, q)
 
-    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: jax.Array) -> None:
-        """Keep kv[B, Q, 2K, H] (k's heads, then v's) in the pages that the step names."""
+    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: Arrays) -> None:
+        """Keep kv[B, Q, 2k, H] (k's heads, then v's) of each piece that is no copy of the one before in
+        the pages that the step names."""
         program = self._programs["append", bucket, None]
         self._pages[layer] = program(self._pages[layer], meta.slots, kv)
 
-    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: jax.Array) -> jax.Array:
-        """Both for one message qkv[B, Q, N + 2K, H]; the cached part does not see the new tokens."""
+    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: Arrays) -> Arrays:
+        """Both for messages qkv[B, Q, n + 2k, H] of all pieces; the cached part does not see the new
+        tokens."""
         program = self._programs["both", bucket, self._kinds[layer]]
-        self._pages[layer], message = program(self._pages[layer], self._windows[layer], meta, qkv)
-        return message
+        self._pages[layer], messages = program(self._pages[layer], self._windows[layer], meta, qkv)
+        return messages
 
     # Compilation ------------------------------------------------------------------------------------
 
@@ -104,7 +113,8 @@ class AttentionShard:
             yield f"{key[0]} {bucket} on {self.device}", wanted[key].compile
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
-        kv = self._struct((*bucket, 2 * self.geometry.num_kv_heads, self.geometry.head_dim))
+        count = self._pieces // self._copies
+        kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
         append = partial(_append, dtype=self.geometry.dtype)
         return Compilation(append, (self._pages_struct(), meta.slots, kv), donate=(0,))
 
@@ -116,18 +126,22 @@ class AttentionShard:
         attend = partial(
             _cached_part, compute=self._compute_cached_part, kind=kind, dtype=g.dtype, platform=platform
         )
-        heads = g.num_heads if name == "attend" else g.num_heads + 2 * g.num_kv_heads
-        message = self._struct((*bucket, heads, g.head_dim))
+        num_heads = g.num_heads // self._pieces
+        kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if name == "both" else 0
+        messages = self._messages(self._pieces, bucket, num_heads + kv_heads)
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
-        inputs = (self._pages_struct(), window, meta, message)
+        inputs = (self._pages_struct(), window, meta, messages)
         if name == "attend":
             return Compilation(attend, inputs)
         append = partial(_append, dtype=g.dtype)
-        both = partial(_append_and_attend, num_heads=g.num_heads, append=append, cached_part=attend)
+        both = partial(
+            _append_and_attend, num_heads=num_heads, copies=self._copies, append=append, cached_part=attend
+        )
         return Compilation(both, inputs, donate=(0,))
 
-    def _struct(self, dims: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.dtype(self.geometry.wire_dtype), sharding=self._place)
+    def _messages(self, count: int, bucket: Bucket, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shape, dtype = (*bucket, heads, self.geometry.head_dim), jnp.dtype(self.geometry.wire_dtype)
+        return (jax.ShapeDtypeStruct(shape, dtype, sharding=self._place),) * count
 
     def _pages_struct(self) -> jax.ShapeDtypeStruct:
         pages = self._pages[0]
@@ -167,9 +181,10 @@ def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
     return [zeros() for _ in range(g.num_layers)]
 
 
-def _append(pages: jax.Array, slots: jax.Array, kv: jax.Array, *, dtype: str) -> jax.Array:
-    tokens = kv.reshape(-1, *kv.shape[2:]).astype(dtype)
-    k, v = jnp.split(tokens, 2, axis=1)
+def _append(pages: jax.Array, slots: jax.Array, kv: Arrays, *, dtype: str) -> jax.Array:
+    halves = [jnp.split(piece, 2, axis=2) for piece in kv]
+    k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
+    k, v = (x.reshape(-1, *x.shape[2:]).astype(dtype) for x in (k, v))
     return append_kv(pages, k, v, slots.reshape(-1))
 
 
@@ -177,15 +192,15 @@ def _cached_part(
     pages: jax.Array,
     window: jax.Array,
     meta: StepMetadata,
-    q: jax.Array,
+    q: Arrays,
     *,
     compute: CachedPart,
     kind: AttentionKind,
     dtype: str,
     platform: str | None,
-) -> jax.Array:
+) -> Arrays:
     o, lse = compute(
-        q,
+        jnp.concatenate(q, axis=2),
         pages,
         meta.block_tables,
         meta.context_lens,
@@ -197,20 +212,22 @@ def _cached_part(
         dtype=dtype,
         platform=platform,
     )
-    return pack_part(o.astype(q.dtype), lse)
+    parts = zip(jnp.split(o.astype(q[0].dtype), len(q), axis=2), jnp.split(lse, len(q), axis=2), strict=True)
+    return tuple(pack_part(*part) for part in parts)
 
 
 def _append_and_attend(
     pages: jax.Array,
     window: jax.Array,
     meta: StepMetadata,
-    qkv: jax.Array,
+    qkv: Arrays,
     *,
     num_heads: int,
+    copies: int,
     append: Callable[..., jax.Array],
-    cached_part: Callable[..., jax.Array],
-) -> tuple[jax.Array, jax.Array]:
+    cached_part: Callable[..., Arrays],
+) -> tuple[jax.Array, Arrays]:
     # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
     # lie beyond context_lens, so the cached part does not see them.
-    pages = append(pages, meta.slots, qkv[:, :, num_heads:])
-    return pages, cached_part(pages, window, meta, qkv[:, :, :num_heads])
+    pages = append(pages, meta.slots, tuple(piece[:, :, num_heads:] for piece in qkv[::copies]))
+    return pages, cached_part(pages, window, meta, tuple(piece[:, :, :num_heads] for piece in qkv))

@@ -134,7 +134,6 @@ def test_bfloat16_pages_hold_what_was_appended(tmp_path: Path, prompts: list[lis
         ({"memory_devices": "cpu:99"}, ["memory_devices", "cpu:99"]),
         ({"compute_devices": "tpu:0"}, ["compute_devices", "tpu"]),
         ({"compute_devices": "cpu:x"}, ["compute_devices", "platform:indices"]),
-        ({"compute_devices": "cpu:0-1"}, ["compute_devices", "collocated"]),
         ({"max_model_len": 10_000}, ["max_model_len", "256"]),
         ({"num_pages": 0}, ["num_pages"]),
         ({"memory_fraction": 1e-9}, ["memory_fraction", "max_model_len", "num_pages"]),
