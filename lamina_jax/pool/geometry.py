@@ -61,7 +61,7 @@ class Piece:
     sends_kv: bool
 
     def __str__(self) -> str:
-        heads = f"query heads {self.q_start}-{self.q_stop - 1}, KV heads {self.kv_start}-{self.kv_stop - 1}"
+        heads = f"{_span('query', self.q_start, self.q_stop)}, {_span('KV', self.kv_start, self.kv_stop)}"
         return heads if self.sends_kv else f"{heads} (k and v come from a shard before)"
 
 
@@ -129,6 +129,10 @@ def head_table(num_heads: int, num_kv_heads: int, shards: int, workers: int) -> 
             for j in range(count)
         ),
     )
+
+
+def _span(kind: str, start: int, stop: int) -> str:
+    return f"{kind} head {start}" if stop == start + 1 else f"{kind} heads {start}-{stop - 1}"
 
 
 def _even(num_heads: int, num_kv_heads: int, shards: int, workers: int) -> bool:

@@ -6,26 +6,19 @@ import dataclasses
 import itertools
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
+from lamina_jax.compilation import Job, compile_all
 from lamina_jax.core import StepPlan
-from lamina_jax.engine.compute import ComputeSide, step_shapes
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
-from lamina_jax.engine.placement import bytes_per_device, place_weight
-from lamina_jax.models import ModelConfig, Storage, as_function, build
+from lamina_jax.models import ModelConfig
 from lamina_jax.pool.geometry import head_table
-from lamina_jax.slicing import slice_at_attention
-from lamina_jax.weights.loader import load_model
 
 SHALLOW = dataclasses.replace(TINY, num_layers=2)
 
@@ -99,7 +92,14 @@ def test_every_mesh_gives_the_collocated_tokens(
         plans.append(plan)
         return dispatch(self, plan)
 
+    jobs: list[Job] = []
+
+    def compile_and_keep(new: list[Job], report: Any) -> None:
+        jobs.extend(new)
+        compile_all(jobs, report)
+
     monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
+    monkeypatch.setattr("lamina_jax.engine.build.compile_all", compile_and_keep)
     with caplog.at_level("INFO", logger="lamina_jax"):
         llm = LLM(
             checkpoints[kv_heads],
@@ -120,6 +120,11 @@ def test_every_mesh_gives_the_collocated_tokens(
     size, messages = wire(plans, MODELS[kv_heads], shards, workers, together=overlap == "off")
     assert stats["wire_bytes_per_step"] * stats["steps"] == pytest.approx(size)
     assert stats["wire_messages_per_step"] * stats["steps"] == pytest.approx(messages)
+
+    slices = {name: job.__self__.compiled for name, job in jobs if name.startswith("slice")}
+    assert {name: collectives(compiled.as_text()) for name, compiled in slices.items()} == {
+        name: moved(name, shards) for name in slices
+    }
 
     lines = [str(piece) for piece in head_table(8, kv_heads, shards, workers).pieces]
     assert all(any(line in message for message in caplog.messages) for line in lines)
@@ -156,34 +161,14 @@ def weight_bytes(config: ModelConfig, shards: int) -> int:
     return 4 * (config.num_layers * (matrices // shards + kv + norms) + vocabulary + hidden)
 
 
-@pytest.mark.parametrize(("kv_heads", "shards"), [(4, 2), (4, 4), (2, 4)])
-def test_a_slice_moves_activations_alone(checkpoints: dict[int, str], kv_heads: int, shards: int) -> None:
-    """One sum behind each of o_proj, down_proj and the embedding; at the end the logits are gathered."""
-    config = MODELS[kv_heads]
-    mesh = Mesh(np.array(jax.devices()[:shards]), ("tensor",))
-    table = head_table(config.num_heads, config.num_kv_heads, shards, 2)
-    model = build(config, Storage(jnp.dtype(jnp.float32), "in_out"))
-    place = partial(place_weight, mesh=mesh, head_dim=config.head_dim, copies=table.copies)
-    load_model(Path(checkpoints[kv_heads]), model, place)
-    fn, params = as_function(model)
-    assert bytes_per_device(jax.tree.leaves(params)) == weight_bytes(config, shards)
-
-    compute = ComputeSide(slice_at_attention(fn, params, *step_shapes((4, 2))), params, mesh, table, 4)
-    found = {}
-    for overlap in (True, False):
-        for name, compile_program in compute.jobs((4, 1), cached=True, overlap=overlap):
-            if name.startswith("slice"):
-                compile_program()
-                found[name.removesuffix(" (4, 1)")] = collectives(compile_program.__self__.compiled.as_text())
-    assert found == {
-        "slice 0 (query)": {"all-reduce": 1},
-        "slice 0 (rest)": {},
-        "slice 0 (whole)": {"all-reduce": 1},
-        "slice 1 (query)": {"all-reduce": 2},
-        "slice 1 (rest)": {},
-        "slice 1 (whole)": {"all-reduce": 2},
-        "slice 2 (last)": {"all-reduce": 2, "all-gather": 1},
-    }
+def moved(name: str, shards: int) -> dict[str, int]:
+    """What a slice may move between shards: one sum behind each of o_proj, down_proj and the embedding,
+    and at the end the logits."""
+    index, form = re.findall(r"slice (\d+) \((\w+)\)", name)[0]
+    if shards == 1 or form == "rest":
+        return {}
+    sums = {"all-reduce": 1 if index == "0" else 2}
+    return {**sums, "all-gather": 1} if form == "last" else sums
 
 
 def collectives(hlo: str) -> dict[str, int]:

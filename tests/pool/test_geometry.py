@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,10 +49,10 @@ def test_shards_beyond_the_kv_heads_share_them() -> None:
     table = head_table(8, 2, shards=4, workers=1)
     assert table.copies == 2
     assert [str(piece) for piece in table.pieces] == [
-        "query heads 0-1, KV heads 0-0",
-        "query heads 2-3, KV heads 0-0 (k and v come from a shard before)",
-        "query heads 4-5, KV heads 1-1",
-        "query heads 6-7, KV heads 1-1 (k and v come from a shard before)",
+        "query heads 0-1, KV head 0",
+        "query heads 2-3, KV head 0 (k and v come from a shard before)",
+        "query heads 4-5, KV head 1",
+        "query heads 6-7, KV head 1 (k and v come from a shard before)",
     ]
 
 
@@ -55,3 +60,12 @@ def test_shards_beyond_the_kv_heads_share_them() -> None:
 def test_uneven_is_refused(shards: int, workers: int) -> None:
     with pytest.raises(ConfigError, match=r"8 query and 4 KV heads.* 1, 2, 4, 8 would"):
         head_table(8, 4, shards, workers)
+
+
+def test_the_documented_table_is_printed() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tensor_parallelism.md").read_text(encoding="utf-8")
+    code, table = re.findall(r"```(?:python|text)\n(.*?)```", text, re.DOTALL)[:2]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "docs/tensor_parallelism.md", "exec"), {})
+    assert printed.getvalue() == table
