@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lamina_jax.compilation import CompilationCounter, Job, compile_all
 from lamina_jax.config import ConfigError, EngineConfig
@@ -28,6 +29,7 @@ from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.placement import bytes_per_device, place_weight
 from lamina_jax.engine.programs import windows_of
 from lamina_jax.engine.runner import ModelRunner
+from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.warmup import measure_prefill
 from lamina_jax.exchange.local import LocalExchange
@@ -164,7 +166,8 @@ def _disaggregated(
         )
         for device in devices.memory
     ]
-    compute = ComputeSide(sliced, params, mesh, table, limits.rows)
+    sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
+    compute = ComputeSide(sliced, params, mesh, table, limits.rows, sampler)
     jobs: list[Job] = []
     for bucket, cached in _buckets(limits):
         jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
@@ -183,7 +186,13 @@ def _collocated(
             f"{geometry.num_kv_heads} KV heads"
         )
     runner = CollocatedRunner(
-        sliced, params, geometry, mesh, rows=limits.rows, pages_per_request=limits.pages_per_request
+        sliced,
+        params,
+        geometry,
+        mesh,
+        rows=limits.rows,
+        pages_per_request=limits.pages_per_request,
+        sampler=Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len),
     )
     jobs = [job for bucket, cached in _buckets(limits) for job in runner.jobs(bucket, cached=cached)]
     return runner, runner.pages, jobs

@@ -1,4 +1,4 @@
-"""The collocated model: one program per step, attention and KV cache on the compute devices.
+"""The collocated model: one program per step and the sampler, attention and KV cache on the compute devices.
 
 Each attention is replaced in line by append, cached part over the old length, local part and merge.
 It is the baseline of every comparison, and a server in its own right.
@@ -21,13 +21,17 @@ from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.compute import step_shapes
-from lamina_jax.engine.programs import Arrays, feed_tokens, sample_greedy
+from lamina_jax.engine.programs import Arrays, feed_tokens
+from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks, sampled
+from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
 from lamina_jax.pool.shard import kernel_platform, storage_dtype
-from lamina_jax.slicing import Attention, Port, Sliced
+from lamina_jax.slicing import Attention, Port, Sliced, Stage
 from pallas_kernels import append_kv, paged_attention
+
+_Result = tuple[MicrobatchPlan, Chosen | None, list[Logprobs]]
 
 
 class CollocatedRunner:
@@ -39,6 +43,7 @@ class CollocatedRunner:
         geometry: of the KV cache, which is sharded by KV head over the axis "tensor" of `mesh`.
         rows: most rows of a microbatch.
         pages_per_request: M, the width of a block table.
+        sampler: chooses tokens, on `mesh`.
     """
 
     def __init__(
@@ -50,33 +55,34 @@ class CollocatedRunner:
         *,
         rows: int,
         pages_per_request: int,
+        sampler: Sampler,
     ) -> None:
         self._sliced, self._params, self._geometry, self._mesh = sliced, params, geometry, mesh
-        self._rows, self._pages_per_request = rows, pages_per_request
+        self._rows, self._pages_per_request, self._sampler = rows, pages_per_request, sampler
         self._replicated = NamedSharding(mesh, P())
         self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
         self._weights = tuple(jax.tree.leaves(params))
         self.pages = self._zero_pages()
         self._programs: dict[tuple[Bucket, bool], Compilation] = {}
+        self._prompts: dict[Bucket, Compilation] = {}
         self._no_tokens = jax.device_put(np.zeros(rows, np.int32), self._replicated)
         self._last: dict[int, jax.Array] = {}
-        self._steps, self._programs_queued, self._seconds = 0, 0, 0.0
+        self._steps, self._queued, self._seconds = 0, 0, 0.0
 
-    def dispatch(self, plan: StepPlan) -> list[tuple[MicrobatchPlan, jax.Array]]:
+    def dispatch(self, plan: StepPlan) -> list[_Result]:
         started = time.perf_counter()
-        sampled = [(batch, self._run(batch)) for batch in plan.microbatches]
+        results = [self._run(batch) for batch in plan.microbatches]
         self._steps += 1
-        self._programs_queued += len(plan.microbatches)
         self._seconds += time.perf_counter() - started
-        return sampled
+        return results
 
-    def read(self, step: list[tuple[MicrobatchPlan, jax.Array]]) -> list[Sampled]:
-        return [Sampled(tokens=np.asarray(sampled)[: batch.bucket[0]]) for batch, sampled in step]
+    def read(self, step: list[_Result]) -> list[Sampled]:
+        return [sampled(*result) for result in step]
 
     def stats(self) -> dict[str, Any]:
         steps = max(self._steps, 1)
         return {
-            "programs_per_step": self._programs_queued / steps,
+            "programs_per_step": (self._queued + self._sampler.programs_queued) / steps,
             "dispatch_microseconds_per_step": 1e6 * self._seconds / steps,
             "wire_bytes_per_step": 0.0,
             "wire_messages_per_step": 0.0,
@@ -99,10 +105,11 @@ class CollocatedRunner:
 
         sliced = self._sliced.at(self._params, *step_shapes(bucket))
         attend = self._attend if cached else None
-        step = partial(_step, sliced, bucket, attend, self._rows, self._geometry.dtype)
+        step = partial(_step, sliced, bucket, attend, self._replicated, self._geometry.dtype)
+        weights = tuple(like(weight) for weight in self._weights)
         inputs = (
             [like(pages) for pages in self.pages],
-            tuple(like(weight) for weight in self._weights),
+            weights,
             struct(self._rows),
             struct(rows),
             struct(rows * queries),
@@ -111,17 +118,44 @@ class CollocatedRunner:
         )
         program = self._programs[bucket, cached] = Compilation(step, inputs, donate=(0,))
         yield f"step {bucket}", program.compile
+        (logits,) = sliced.slices[-1].fused.out_avals
+        yield from self._sampler.jobs(*logits.shape)
+        if queries > 1 and bucket not in self._prompts:
+            last = self._sliced.at(self._params, *step_shapes(bucket, PROMPT_ROWS)).slices[-1].fused
+            behind = tuple(
+                jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=self._replicated)
+                for port, aval in zip(last.inputs, last.in_avals, strict=True)
+                if port.kind != "argument"
+            )
+            shapes = (struct(rows * queries), struct(rows * queries), struct(PROMPT_ROWS))
+            function = partial(_logits, last, self._replicated)
+            self._prompts[bucket] = Compilation(function, ((*weights, *shapes), behind))
+            yield f"logits of prompts {bucket}", self._prompts[bucket].compile
+            yield from self._sampler.prompt_jobs(logits.shape[1])
 
-    def _run(self, plan: MicrobatchPlan) -> jax.Array:
+    def _run(self, plan: MicrobatchPlan) -> _Result:
         host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), metadata_of(plan))
         last = self._last.get(plan.microbatch, self._no_tokens)
-        program = self._programs[plan.bucket, plan.cached]
-        self.pages, sampled = program(
-            self.pages, self._weights, last, *jax.device_put(host, self._replicated)
+        feedback, tokens, logits_at, meta = jax.device_put(host, self._replicated)
+        self._queued += 1
+        self.pages, logits, tokens, behind = self._programs[plan.bucket, plan.cached](
+            self.pages, self._weights, last, feedback, tokens, logits_at, meta
         )
-        if plan.kind == "decode":
-            self._last[plan.microbatch] = sampled
-        return sampled
+        chosen = self._sampler(plan, logits, tokens) if plan.samples.any() else None
+        if plan.kind == "decode" and chosen:
+            self._last[plan.microbatch] = chosen.tokens
+        return plan, chosen, self._prompt_logprobs(plan, tokens, behind)
+
+    def _prompt_logprobs(self, plan: MicrobatchPlan, tokens: jax.Array, behind: Arrays) -> list[Logprobs]:
+        if plan.prompt_targets is None:
+            return []
+        positions, found = jax.device_put(plan.positions.reshape(-1), self._replicated), []
+        for places, targets in prompt_blocks(plan):
+            self._queued += 1
+            step = (tokens, positions, jax.device_put(places, self._replicated))
+            logits = self._prompts[plan.bucket]((*self._weights, *step), behind)
+            found.append(self._sampler.prompt_logprobs(logits, targets))
+        return found
 
     def _zero_pages(self) -> list[jax.Array]:
         g = self._geometry
@@ -156,7 +190,7 @@ def _step(
     sliced: Sliced,
     bucket: Bucket,
     attend: Callable[..., Part] | None,
-    rows: int,
+    place: NamedSharding,
     kv_dtype: str,
     pages: list[jax.Array],
     weights: Arrays,
@@ -165,8 +199,8 @@ def _step(
     tokens: jax.Array,
     logits_at: jax.Array,
     meta: StepMetadata,
-) -> tuple[list[jax.Array], jax.Array]:
-    """The pages after the step, and the sampled tokens int32[rows]."""
+) -> tuple[list[jax.Array], jax.Array, jax.Array, Arrays]:
+    """The pages after the step, the logits, tokens[T], and what the last slice reads beside its arguments."""
     if attend is not None and bucket[1] == 1:
         tokens = feed_tokens(last, feedback, tokens)
     arguments = (*weights, tokens, meta.positions.reshape(-1), logits_at)
@@ -186,5 +220,15 @@ def _step(
         values |= {port: value for port, value in out.items() if port.kind == "carried"}
         values[Port("attention")] = o
     last_stage = sliced.slices[-1].fused
+    behind = tuple(values[port] for port in last_stage.inputs if port.kind != "argument")
+    behind = tuple(jax.lax.with_sharding_constraint(x, place) for x in behind) if bucket[1] > 1 else ()
     (logits,) = last_stage.fn(*map(values.__getitem__, last_stage.inputs))
-    return pages, sample_greedy(logits, rows)
+    return pages, jax.lax.with_sharding_constraint(logits, place), tokens, behind
+
+
+def _logits(last: Stage, place: NamedSharding, arguments: Arrays, behind: Arrays) -> jax.Array:
+    """The last slice on its own, at other places of the step's tokens."""
+    rest = iter(behind)
+    inputs = [arguments[port.index] if port.kind == "argument" else next(rest) for port in last.inputs]
+    (logits,) = last.fn(*inputs)
+    return jax.lax.with_sharding_constraint(logits, place)

@@ -19,6 +19,8 @@ from lamina_jax.core import MicrobatchPlan
 from lamina_jax.engine import programs
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.programs import Arrays, Form, Inputs, QueryOutputs, Shape, SliceOutputs
+from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks
+from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_shape
 from lamina_jax.slicing import Sliced, Stage
@@ -46,9 +48,12 @@ class ComputeSide:
         mesh: the compute mesh, of one axis "tensor".
         table: which heads its devices exchange with which worker.
         rows: most rows of a microbatch.
+        sampler: chooses tokens, on the compute mesh.
     """
 
-    def __init__(self, sliced: Sliced, params: Any, mesh: Mesh, table: HeadTable, rows: int) -> None:
+    def __init__(
+        self, sliced: Sliced, params: Any, mesh: Mesh, table: HeadTable, rows: int, sampler: Sampler
+    ) -> None:
         self.num_slices, self._mesh, self._table = len(sliced.slices), mesh, table
         self._sliced, self._params, self._rows = sliced, params, rows
         self.place = NamedSharding(mesh, programs.WHOLE)
@@ -56,9 +61,15 @@ class ComputeSide:
         self._weights = jax.tree.leaves(params)
         windows = programs.windows_of(sliced)
         self._windows = [jax.device_put(np.int32(window), self.place) for window in windows]
-        self.programs_queued = 0
+        self._sampler, self._queued = sampler, 0
         self._compilations: dict[Hashable, Compilation] = {}
         self._programs: dict[tuple[Bucket, bool, int, Form], Program] = {}
+        self._prompts: dict[tuple[Bucket, bool], Program] = {}
+
+    @property
+    def programs_queued(self) -> int:
+        """Since the beginning, the sampler's included."""
+        return self._queued + self._sampler.programs_queued
 
     # What a step does -------------------------------------------------------------------------------
 
@@ -75,7 +86,7 @@ class ComputeSide:
         )
         tokens, positions, logits_at, feedback = jax.device_put(host, self.place)
         if plan.kind == "decode":
-            self.programs_queued += 1
+            self._queued += 1
             tokens = self._compilations["feed", plan.bucket](last, feedback, tokens)
         return tokens, positions, logits_at
 
@@ -83,13 +94,21 @@ class ComputeSide:
         """Queue slice `index` in one of its forms; see `lamina_jax.engine.programs` for what it returns."""
         if form in ("rest", "whole"):
             inputs["window"] = self._windows[index]
-        self.programs_queued += 1
+        self._queued += 1
         return self._programs[plan.bucket, plan.cached, index, form](step, **inputs)
 
-    def sample(self, bucket: Bucket, logits: jax.Array) -> jax.Array:
-        """int32[rows]: the next token of each row."""
-        self.programs_queued += 1
-        return self._compilations["sample", max(bucket[0], SMALLEST_BATCH)](logits)
+    def sample(self, plan: MicrobatchPlan, logits: jax.Array, step: Arrays) -> Chosen:
+        """Queue what chooses the next token of each row."""
+        return self._sampler(plan, logits, step[0])
+
+    def prompt_logprobs(self, plan: MicrobatchPlan, step: Arrays, **inputs: Any) -> list[Logprobs]:
+        """Queue the last slice and the log-probabilities of the prompt, PROMPT_ROWS places at a time."""
+        program, found = self._prompts[plan.bucket, plan.cached], []
+        for places, targets in prompt_blocks(plan):
+            self._queued += 1
+            logits = program((*step[:2], jax.device_put(places, self.place)), **inputs)
+            found.append(self._sampler.prompt_logprobs(logits, targets))
+        return found
 
     def no_tokens(self) -> jax.Array:
         """`last` of a microbatch that has sampled nothing yet."""
@@ -118,12 +137,23 @@ class ComputeSide:
                 self._programs[bucket, cached, index, form] = Program(self._compilations[key], arguments)
 
         (logits,) = sliced.slices[-1].fused.out_avals
-        sample = partial(programs.sample_greedy, size=self._rows)
-        logits_struct = self._struct(logits.shape, logits.dtype)
-        yield from self._job(f"sampler {bucket}", ("sample", logits.shape[0]), sample, logits_struct)
-        if cached and bucket[1] == 1:
+        yield from self._sampler.jobs(*logits.shape)
+        if bucket[1] > 1:
+            yield from self._prompt_jobs(bucket, cached)
+        elif cached:
             feed = [self._struct((size,), np.int32) for size in (self._rows, bucket[0], bucket[0])]
             yield from self._job(f"feedback {bucket}", ("feed", bucket), programs.feed_tokens, *feed)
+
+    def _prompt_jobs(self, bucket: Bucket, cached: bool) -> Iterator[Job]:
+        """The last slice once more, for the logits of PROMPT_ROWS places of a prompt."""
+        sliced = self._sliced.at(self._params, *step_shapes(bucket, PROMPT_ROWS))
+        shape = Shape(*bucket, self._mesh, self._table.per_shard)
+        stage, function, inputs = self._describe(sliced, shape, self.num_slices - 1, "last", cached)
+        key = ("prompt", bucket, cached)
+        yield from self._job(f"logits of prompts {bucket}", key, function, inputs, out=self.place)
+        self._prompts[bucket, cached] = Program(self._compilations[key], self._arguments(stage))
+        (logits,) = stage.out_avals
+        yield from self._sampler.prompt_jobs(logits.shape[1])
 
     def _job(
         self, name: str, key: Hashable, function: Callable[..., Any], *inputs: Any, out: Any = None
@@ -196,10 +226,13 @@ class ComputeSide:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.place)
 
 
-def step_shapes(bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of tokens, positions and logits_at in a step of B rows of Q tokens."""
+def step_shapes(bucket: Bucket, logits: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of tokens, positions and logits_at in a step of B rows of Q tokens.
+
+    `logits`: how many logits are asked for; None: max(B, 4).
+    """
     rows, queries = bucket
-    sizes = (rows * queries, rows * queries, padded_rows(np.zeros(rows, np.int32)).size)
+    sizes = (rows * queries, rows * queries, logits or max(rows, SMALLEST_BATCH))
     return tuple(jax.ShapeDtypeStruct((size,), np.int32) for size in sizes)
 
 

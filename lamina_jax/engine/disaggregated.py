@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.pipeline import dispatch_order
 from lamina_jax.engine.programs import Arrays
 from lamina_jax.engine.queue import Queue
+from lamina_jax.engine.sampler import Chosen, sampled
+from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.exchange.base import Exchange, StepExchange
 from lamina_jax.ops import Part
 
@@ -36,7 +37,8 @@ class _InFlight:
     exchange: StepExchange
     carried: Arrays = ()
     local: Part | None = None
-    sampled: jax.Array | None = None
+    chosen: Chosen | None = None
+    prompt: list[Logprobs] = field(default_factory=list)
 
 
 class DisaggregatedRunner:
@@ -81,7 +83,7 @@ class DisaggregatedRunner:
         for batch in step:
             if self._unfinished.get(batch.plan.microbatch) is batch:
                 self._finish(batch.plan.microbatch)
-        return [Sampled(tokens=_tokens(batch)) for batch in step]
+        return [sampled(batch.plan, batch.chosen, batch.prompt) for batch in step]
 
     def stats(self) -> dict[str, Any]:
         steps, wire = max(self._steps, 1), self.exchange.wire
@@ -104,23 +106,29 @@ class DisaggregatedRunner:
     def _finish(self, microbatch: int) -> None:
         """Queue the last slice and the sampler of a microbatch's step before, if that has not been done."""
         batch = self._unfinished.pop(microbatch, None)
-        if batch is None or not batch.plan.samples.any():
+        if batch is None or not (batch.plan.samples.any() or batch.plan.prompt_targets is not None):
             return
-        self._run_slice(batch, self._compute.num_slices - 1)
-        if batch.plan.kind == "decode":
-            assert batch.sampled is not None
-            self._last[microbatch] = batch.sampled
+        compute, plan, last = self._compute, batch.plan, self._compute.num_slices - 1
+        before = self._before(batch, last)
+        if plan.samples.any():
+            logits = compute.run(plan, last, "last", batch.step, **before)
+            batch.chosen = compute.sample(plan, logits, batch.step)
+            if plan.kind == "decode":
+                self._last[microbatch] = batch.chosen.tokens
+        if plan.prompt_targets is not None:
+            batch.prompt = compute.prompt_logprobs(plan, batch.step, **before)
+
+    def _before(self, batch: _InFlight, index: int) -> dict[str, Any]:
+        """What slice `index` merges and goes on with."""
+        if not index:
+            return {}
+        cached = batch.exchange.receive(index - 1) if batch.plan.cached else ()
+        return {"carried": batch.carried, "local": batch.local, "cached": cached}
 
     def _run_slice(self, batch: _InFlight, index: int) -> None:
         """Queue one slice: merge what came back from the layer before, send what the next one needs."""
-        before: dict[str, Any] = {}
-        if index:
-            cached = batch.exchange.receive(index - 1) if batch.plan.cached else ()
-            before = {"carried": batch.carried, "local": batch.local, "cached": cached}
         plan, run, step = batch.plan, self._compute.run, batch.step
-        if index == self._compute.num_slices - 1:
-            batch.sampled = self._compute.sample(plan.bucket, run(plan, index, "last", step, **before))
-            return
+        before = self._before(batch, index)
         if batch.plan.cached and self._overlap:
             query = run(plan, index, "query", step, **before)
             batch.exchange.send_query(index, query.sent)
@@ -131,9 +139,3 @@ class DisaggregatedRunner:
             (batch.exchange.send_all if batch.plan.cached else batch.exchange.send_kv)(index, out.sent)
         batch.local, batch.carried = out.local, out.carried
         self._queue.add(out.local[1])
-
-
-def _tokens(batch: _InFlight) -> np.ndarray:
-    """int32[B]; zeros where no row samples: such a chunk runs no last slice."""
-    rows = batch.plan.bucket[0]
-    return np.zeros(rows, np.int32) if batch.sampled is None else np.asarray(batch.sampled)[:rows]
