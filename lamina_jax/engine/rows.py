@@ -85,6 +85,7 @@ class DecodeRows:
         self._block_tables[row, : len(request.pages)] = request.pages
         self._context_lens[row] = len(request.request.prompt_token_ids)
         self._tokens[row] = token
+        self._plain = self._plain and request.request.sampling.plain
 
     def pack(self) -> None:
         """Drop the rows that need no further step; the others move up and keep their order."""
