@@ -91,7 +91,7 @@ class Answer:
         """A chunk for every choice of the prompt of which there is something new to see."""
         self.take(prompt, output)
         options = self.request.stream_options
-        for growth in self._grow(prompt, output):
+        for growth in () if self._awaits_prompt(output) else self._grow(prompt, output):
             chunk = {**self._facts, "object": self.CHUNK, "choices": [self.chunk_choice(growth)]}
             if options is not None and (options.continuous_usage_stats or options.include_usage):
                 chunk["usage"] = self.usage() if options.continuous_usage_stats else None
@@ -138,6 +138,12 @@ class Answer:
                 ended = choice.finish_reason is not None
                 self._told[index] = _Told(len(choice.text), len(choice.token_ids), offset, ended)
                 yield growth
+
+    def _awaits_prompt(self, output: RequestOutput) -> bool:
+        """Whether what is to be told of the prompt first is not known yet: choices are computed apart."""
+        request = self.request
+        tells = request.prompt_logprobs is not None or (self.echo and request.told_logprobs is not None)
+        return bool(tells) and len(output.prompt_logprobs or []) < len(output.prompt_token_ids)
 
     def _growth(self, index: int, output: RequestOutput, choice: CompletionOutput) -> Growth:
         told, drop = self._told.get(index, _Told()), self.request.max_tokens == 0

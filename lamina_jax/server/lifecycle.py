@@ -92,6 +92,11 @@ class Server:
         self._loop.call_soon_threadsafe(self._over.set)
 
     @property
+    def ending(self) -> bool:
+        """Whether it was told to stop, or its engine has died."""
+        return self._over.is_set()
+
+    @property
     def ended_cleanly(self) -> bool:
         """Whether no thread of the engine is left; threads that compile outlive a start that failed."""
         self._engine.join(JOIN_SECONDS)

@@ -14,7 +14,14 @@ from lamina_jax.serve import build
 START_SECONDS = 200
 """Compiling takes a minute where the machine is busy."""
 
-FEW_PROGRAMS = EngineConfig(max_num_seqs=4, max_model_len=128, max_prefill_tokens=32, dtype="float32")
+FEW_PROGRAMS = EngineConfig(
+    max_num_seqs=4,
+    max_model_len=128,
+    max_prefill_tokens=32,
+    dtype="float32",
+    compute_devices="cpu:0",
+    memory_devices="cpu:1",
+)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ MESSAGES: Any = [
     {"role": "user", "content": [{"type": "text", "text": "What is the code of wild moon?"}]},
 ]
 
-NOT_YET = pytest.mark.skip(reason="the engine's side (n, stop, logprobs) is on its way")
-
 
 def test_a_completion_whole_and_streamed(client: openai.OpenAI) -> None:
     done = client.completions.create(prompt=PROMPT, **GREEDY)
@@ -43,7 +41,6 @@ def test_a_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(messages=second_turn, **GREEDY).choices
 
 
-@NOT_YET
 def test_several_prompts_as_token_ids_and_several_choices(client: openai.OpenAI) -> None:
     prompts = [[10, 11, 12], [20, 21]]
     done = client.completions.create(
@@ -54,7 +51,6 @@ def test_several_prompts_as_token_ids_and_several_choices(client: openai.OpenAI)
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 16)
 
 
-@NOT_YET
 def test_a_seed_reproduces_and_its_choices_differ(client: openai.OpenAI) -> None:
     def ask() -> list[str | None]:
         done = client.chat.completions.create(
@@ -67,7 +63,6 @@ def test_a_seed_reproduces_and_its_choices_differ(client: openai.OpenAI) -> None
     assert ask() == [first, second]
 
 
-@NOT_YET
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     text = client.completions.create(prompt=PROMPT, **GREEDY).choices[0].text
     stop = text[3:5]
@@ -79,7 +74,6 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     assert "".join(part.choices[0].text for part in parts) == before
 
 
-@NOT_YET
 def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     asked = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3, **GREEDY}
     whole = client.chat.completions.create(**asked).choices[0].logprobs
@@ -97,7 +91,6 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     assert [entry.token for entry in streamed] == [entry.token for entry in whole.content]
 
 
-@NOT_YET
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_scoring_a_text_as_evaluation_harnesses_do(client: openai.OpenAI, max_tokens: int) -> None:
     """Their requests: token ids, `echo`, `logprobs=1`; the first entry is null."""

@@ -25,10 +25,10 @@ TINY = ModelConfig(
 """K = 4, so that memory meshes of 1, 2 and 4 devices divide it; heads x head_dim is not the hidden size."""
 
 
-def save_random(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path:
+def save_random(folder: Path, config: ModelConfig = TINY, seed: int = 0, std: float = 0.4) -> Path:
     """A checkpoint with weights so large that its logits are no near-ties."""
     model = build(config, Storage(jnp.dtype(config.dtype)))
-    initialise(model, seed, std=0.4)
+    initialise(model, seed, std=std)
     save_checkpoint(model, config, folder)
     return folder
 

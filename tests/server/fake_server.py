@@ -185,7 +185,7 @@ def running(build: Build, *, ready: bool = True, model: str = "fake", **settings
                 found.wait_ready()
             yield found
         finally:
-            if found.thread.is_alive():
+            if found.thread.is_alive() and not server.ending:
                 server.stop()
             found.wait_ended()
             assert server.ended_cleanly or not ready

@@ -65,7 +65,7 @@ def grown(choices: list[list[tuple[str, list[int]]]], *, logprobs: bool) -> list
                 for index, states in enumerate(sofar)
             ],
             finished=step == longest - 1,
-            prompt_logprobs=[None, known(2)] if logprobs else None,
+            prompt_logprobs=[None, known(2)][: step + 1 if step < longest - 1 else 2] if logprobs else None,
         )
         for step in range(longest)
     ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from lamina_jax.weights.tokenizer import Detokenizer, Tokenizer, load_tokenizer, texts_of_tokens
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -84,6 +84,16 @@ def test_special_tokens_are_written_as_the_file_says_and_not_read(tmp_path: Path
 def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids) == text
+
+
+@EACH
+@given(text=TEXT)
+def test_texts_of_tokens_add_up_too(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    texts = texts_of_tokens(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == text
+    assert texts_of_tokens(None, ids) == [""] * len(ids)
 
 
 @given(text=TEXT, cut=st.integers(0, 30))
