@@ -137,15 +137,6 @@ def feed_tokens(last: jax.Array, feedback: jax.Array, tokens: jax.Array) -> jax.
     return jnp.where(feedback >= 0, last[jnp.maximum(feedback, 0)], tokens)
 
 
-def sample_greedy(logits: jax.Array, size: int) -> jax.Array:
-    """int32[size]: the best token of each row of logits[B, V], zeros behind them."""
-    # Two plain reductions: XLA on a CPU takes three times as long over an argmax.
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    best = jnp.min(jnp.where(logits == best, ids, logits.shape[1] - 1), axis=-1)
-    return jnp.zeros(size, jnp.int32).at[: best.shape[0]].set(best)
-
-
 def windows_of(sliced: Sliced) -> list[int]:
     """The window of each attention.
 

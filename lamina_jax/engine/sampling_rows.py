@@ -96,16 +96,13 @@ def history_sizes(longest: int) -> tuple[int, ...]:
     return (*sizes[:-1], min(sizes[-1], max(longest, 1)))
 
 
-def check_edits(request: Request, vocab_size: int) -> None:
-    """Refuse what the sampler cannot do to a request's logits.
+def check_edits(request: Request) -> None:
+    """Refuse a request that biases and bans more ids than the sampler's arrays hold.
 
     Raises:
-        ValueError: a biased id outside the vocabulary, or too many ids that are biased or banned.
+        ValueError: `logit_bias` and the end ids that `min_tokens` bans are more than `MAX_BIASED`.
     """
     bias, banned = request.sampling.logit_bias, request.stop_token_ids if request.sampling.min_tokens else ()
-    outside = [token for token in bias if token >= vocab_size]
-    if outside:
-        raise ValueError(f"logit_bias names token {outside[0]}, the vocabulary has {vocab_size}")
     if len(bias) + len(banned) > MAX_BIASED:
         raise ValueError(
             f"logit_bias has {len(bias)} entries and min_tokens bans {len(banned)} end ids, together at most "

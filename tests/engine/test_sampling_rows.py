@@ -114,15 +114,14 @@ def test_history_sizes_are_few_and_reach_the_longest() -> None:
     assert history_sizes(40960) == (0, 512, 4096, 32768, 40960)
 
 
-def test_edits_that_cannot_be_made_are_refused() -> None:
-    check_edits(a_row(logit_bias={VOCAB - 1: 1.0}).request, VOCAB)
-    with pytest.raises(ValueError, match="logit_bias names token 50, the vocabulary has 50"):
-        check_edits(a_row(logit_bias={VOCAB: 1.0}).request, VOCAB)
-    many = Request(
-        request_id="r",
-        prompt_token_ids=(1,),
-        sampling=SamplingParams(min_tokens=1),
-        stop_token_ids=frozenset(range(MAX_BIASED + 1)),
-    )
-    with pytest.raises(ValueError, match="min_tokens bans 321 end ids"):
-        check_edits(many, 1000)
+def test_more_bans_than_fit_are_refused() -> None:
+    def request(ends: int) -> Request:
+        sampling = SamplingParams(min_tokens=1, logit_bias={0: 1.0})
+        return Request(
+            request_id="r", prompt_token_ids=(1,), sampling=sampling, stop_token_ids=frozenset(range(ends))
+        )
+
+    check_edits(request(MAX_BIASED - 1))
+    assert sampling_rows([SampledRow(request(MAX_BIASED - 1), 0)], 1, vocab_size=1000, history=9) is not None
+    with pytest.raises(ValueError, match="logit_bias has 1 entries and min_tokens bans 320 end ids"):
+        check_edits(request(MAX_BIASED))
