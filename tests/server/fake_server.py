@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from lamina_jax.config import ServerConfig
+from lamina_jax.core import Sampled
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.scheduler_config import SchedulerConfig
@@ -84,7 +85,7 @@ class GatedRunner(FakeRunner):
         self.fault: Exception | None = None
         self.step_seconds = 0.0
 
-    def read(self, step: list[np.ndarray]) -> list[np.ndarray]:
+    def read(self, step: list[np.ndarray]) -> list[Sampled]:
         self.reading.set()
         time.sleep(self.step_seconds)
         assert self.gate.wait(DEADLINE), "the test never opened the gate"
@@ -106,6 +107,7 @@ class FakeEngine:
     def build(self, report: Callable[[str, int, int], None]) -> Engine:
         self.before(report)
         limits = SchedulerConfig(
+            vocab_size=MODEL.vocab_size,
             num_pages=NUM_PAGES,
             page_size=8,
             max_model_len=MAX_MODEL_LEN,

@@ -162,7 +162,7 @@ def test_no_tokens_asked_for_tells_about_the_prompt_alone() -> None:
 
 def test_the_prompts_log_probabilities_are_told_once() -> None:
     request = CompletionRequest(model="m", prompt="a", prompt_logprobs=1)
-    case = Case(1, [[[("x", [7]), ("y", [8])]]])
+    case = Case(1, [[[("x", [7]), ("y", [8]), ("z", [9])]]])  # the prompt's are whole at the second step
     whole, chunks = answers(case, lambda: CompletionAnswer("c", request, []), logprobs=True)
     expected = [
         None,
