@@ -119,7 +119,8 @@ def test_from_a_command_line_to_text_over_http(checkpoint: Path) -> None:
             )[0]
             server.wait_for(lambda: client.get("/ready").status_code == 200)
 
-            body = {"model": str(checkpoint), "prompt": "abc", "max_tokens": 20, "return_token_ids": True}
+            body = {"model": str(checkpoint), "prompt": "abc", "max_tokens": 20, "temperature": 0}
+            body |= {"return_token_ids": True}
             (choice,) = client.post("/v1/completions", json=body).json()["choices"]
             assert choice["token_ids"] == expected.outputs[0].token_ids
             assert choice["text"] == expected.outputs[0].text
