@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode, prefill
+from lamina_jax.benchmarks import decode, prefill, sampler
 
-BENCHMARKS = {"decode": decode, "prefill": prefill}
+BENCHMARKS = {"decode": decode, "prefill": prefill, "sampler": sampler}
 
 
 def main() -> None:
