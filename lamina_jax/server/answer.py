@@ -123,7 +123,10 @@ class Answer:
             extras["token_ids"] = growth.token_ids
         if self.request.prompt_logprobs is not None and growth.first:
             extras["prompt_logprobs"] = [
-                known and {str(token): entry._asdict() for token, entry in known.items()}
+                known
+                and {
+                    str(token): entry._asdict() | {"logprob": finite(entry)} for token, entry in known.items()
+                }
                 for known in growth.output.prompt_logprobs or []
             ]
         return extras

@@ -8,10 +8,7 @@ engine; answers are written elsewhere.
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,47 +17,16 @@ from pydantic_core import PydanticCustomError
 
 from lamina_jax.core import SamplingParams
 from lamina_jax.server.messages import Prompt
+from lamina_jax.server.refused_fields import (
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    Refused,
+    check_refused,
+    refusal,
+)
 
 MAX_CHOICES = 1024
 MAX_STOP = 64
-
-Refused = Mapping[str, tuple[object, ...]]
-"""Fields that ask for what there is not, and the values that ask for nothing; null always does."""
-
-REFUSED: Refused = {
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}
-
-REFUSED_IN_COMPLETIONS: Refused = {**REFUSED, "suffix": ("",)}
-
-REFUSED_IN_CHAT: Refused = {
-    **REFUSED,
-    "audio": (),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-
 
 Stop = Annotated[
     list[str],
@@ -140,11 +106,9 @@ class GenerationRequest(_Body):
     def _refuse_by_name(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, harmless in cls.REFUSED.items():
-            if name in body and not _asks_for_nothing(body[name], harmless):
-                raise _not_supported(name, body[name], harmless)
+        check_refused(body, cls.REFUSED)
         if body.get("stream_options") is not None and body.get("stream") is not True:
-            raise _refusal("stream_options", "stream_options is only for stream=true")
+            raise refusal("stream_options", "stream_options is only for stream=true")
         return {name: value for name, value in body.items() if name not in cls.REFUSED}
 
     def sampling(self, context_length: int) -> SamplingParams:
@@ -226,12 +190,12 @@ class CompletionRequest(GenerationRequest):
     def _count(self) -> CompletionRequest:
         n = self.n or 1
         if self.best_of not in (None, n):
-            raise _refusal(
+            raise refusal(
                 "best_of", f"best_of={self.best_of} is not supported: leave it out or send {n}, as n"
             )
         if len(self.prompt) * n > MAX_CHOICES:
             name = "prompt" if len(self.prompt) > MAX_CHOICES else "n"
-            raise _refusal(
+            raise refusal(
                 name,
                 f"{len(self.prompt)} prompts with n={n} make more than {MAX_CHOICES} choices: send fewer",
             )
@@ -276,9 +240,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refusal("top_logprobs", "top_logprobs is only for logprobs=true")
+            raise refusal("top_logprobs", "top_logprobs is only for logprobs=true")
         if self.max_completion_tokens not in (None, self.max_tokens or self.max_completion_tokens):
-            raise _refusal("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
+            raise refusal("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
         return self
 
     @property
@@ -287,18 +251,3 @@ class ChatRequest(GenerationRequest):
 
     def _in_other_words(self, context_length: int) -> dict[str, Any]:
         return {"max_tokens": self.max_completion_tokens or self.max_tokens or context_length}
-
-
-def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
-    # True == 1 in Python, but a flag where a number belongs is a mistake.
-    return value is None or any(value == known and type(value) is type(known) for known in harmless)
-
-
-def _not_supported(name: str, value: object, harmless: tuple[object, ...]) -> PydanticCustomError:
-    instead = " or ".join(json.dumps(choice) for choice in harmless) or "null"
-    return _refusal(name, f"{name}={reprlib.repr(value)} is not supported: leave it out or send {instead}")
-
-
-def _refusal(name: str, message: str) -> PydanticCustomError:
-    """Braces of the value must not be taken for places of the text."""
-    return PydanticCustomError("not_supported", "{message}", {"param": name, "message": message})

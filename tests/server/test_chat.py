@@ -8,7 +8,7 @@ import pytest
 from fake_server import MAX_MODEL_LEN, FakeEngine, Running, continuation, conversation, running, sse
 from test_completions import error_of
 
-from lamina_jax.server.protocol import REFUSED_IN_CHAT
+from lamina_jax.server.refused_fields import REFUSED_IN_CHAT
 
 
 def test_an_answer(fake: Running) -> None:

@@ -17,7 +17,8 @@ from fake_server import (
     token_ids,
 )
 
-from lamina_jax.server.protocol import MAX_CHOICES, REFUSED_IN_COMPLETIONS
+from lamina_jax.server.protocol import MAX_CHOICES
+from lamina_jax.server.refused_fields import REFUSED_IN_COMPLETIONS
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
