@@ -34,9 +34,7 @@ def in_blocks(x: Float[Array, "B V"], padding: float) -> Float[Array, "B blocks 
     return jnp.pad(x, ((0, 0), (0, -size % BLOCK)), constant_values=padding).reshape(rows, -1, BLOCK)
 
 
-def largest(
-    blocks: Float[Array, "B blocks block"], n: int
-) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+def largest(blocks: Float[Array, "B blocks block"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """The n <= BLOCK largest values of each row, in falling order, and their places in the row."""
     # The n largest lie in the n blocks with the largest maxima; in their order, ties go to the lowest id.
     _, chosen = lax.top_k(blocks.max(axis=-1), min(n, blocks.shape[1]))
@@ -81,7 +79,8 @@ def _reach(
 
 class _Bracket(NamedTuple):
     """Thresholds lo < hi as the bits of a float32, which have its order: `lo` reaches the target, `hi`
-    does not. `*_sum` is what they keep; `*_odds` how far that is from the target, for false position."""
+    does not. `*_sum` is what they keep; `*_odds` how far that is from the target, for false position.
+    `rose`: the end that moved last is `lo`."""
 
     lo: jax.Array
     hi: jax.Array
@@ -89,6 +88,7 @@ class _Bracket(NamedTuple):
     hi_sum: jax.Array
     lo_odds: jax.Array
     hi_odds: jax.Array
+    rose: jax.Array
 
 
 def _search(
@@ -107,7 +107,7 @@ def _search(
     hi = _bits(last[:, 0]) + 1
     hi_sum = jnp.where(best > last, unit(best), 0.0).sum(axis=1)
     lo = jnp.where(active, 0, hi)
-    start = _Bracket(lo, hi, total, hi_sum, odds(total) - aim, odds(hi_sum) - aim)
+    start = _Bracket(lo, hi, total, hi_sum, odds(total) - aim, odds(hi_sum) - aim, jnp.zeros_like(active))
 
     def is_open(b: _Bracket) -> jax.Array:
         most_inside = (b.lo_sum - b.hi_sum) / jnp.maximum(unit(_value(b.lo)), 1e-30)
@@ -115,7 +115,8 @@ def _search(
 
     def narrow(state: tuple[jax.Array, _Bracket]) -> tuple[jax.Array, _Bracket]:
         turn, b = state
-        share = jnp.where(turn < SECANTS, b.lo_odds / (b.lo_odds - b.hi_odds), 0.5)
+        # Never quite at an end: where one is at the target already, the other must follow.
+        share = jnp.where(turn < SECANTS, jnp.clip(b.lo_odds / (b.lo_odds - b.hi_odds), 0.01, 0.99), 0.5)
         width = b.hi - b.lo
         step = (width.astype(jnp.float32) * share).astype(jnp.int32)
         # Weights are spread over some thirty powers of two: the first step goes no further down.
@@ -129,8 +130,9 @@ def _search(
             jnp.where(reached, b.hi, pivot),
             jnp.where(reached, kept, b.lo_sum),
             jnp.where(reached, b.hi_sum, kept),
-            jnp.where(reached, found, 0.5 * b.lo_odds),
-            jnp.where(reached, 0.5 * b.hi_odds, found),
+            jnp.where(reached, found, jnp.where(b.rose | (turn == 0), 1.0, 0.5) * b.lo_odds),
+            jnp.where(reached, jnp.where(b.rose, 0.5, 1.0) * b.hi_odds, found),
+            reached,
         )
 
     _, end = lax.while_loop(lambda state: is_open(state[1]).any(), narrow, (jnp.int32(0), start))

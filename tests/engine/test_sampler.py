@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_jax.core import MAX_LOGPROBS
+from lamina_jax.engine import truncation
 from lamina_jax.engine.sampling import edit_logits, greedy, logprobs, sample
 from lamina_jax.engine.truncation import in_blocks, thresholds
 
@@ -252,3 +253,27 @@ def test_logprobs_are_a_log_softmax(vocab: int, group: int | None) -> None:
     np.testing.assert_allclose(found.top[:, :told], np.take_along_axis(exact, order, axis=1), atol=2e-5)
     assert (np.asarray(found.top_ids) < vocab).all()
     assert not np.isfinite(found.top[:, told:]).any()
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_a_threshold_takes_few_looks_at_the_vocabulary(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cost is passes over all weights; halving the bits of a float32 would take some thirty."""
+    looks: list[int] = []
+    measure = truncation._measure
+
+    def counted(*args: Any) -> jax.Array:
+        jax.debug.callback(lambda: looks.append(1))
+        return measure(*args)
+
+    monkeypatch.setattr(truncation, "_measure", counted)
+    logits = np.random.default_rng(6).normal(size=(ROWS, 20_000)) * spread
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
+    for top_k, top_p in [(0, 0.5), (0, 0.9), (0, 0.99), (1000, 1.0), (7000, 1.0)]:
+        looks.clear()
+        row = column([top_k] * ROWS, jnp.int32), column([top_p] * ROWS)
+        counting = jax.jit(lambda *args: thresholds(*args))  # not what jit keeps of another test
+        jax.block_until_ready(counting(in_blocks(jnp.asarray(weights), 0.0), *row))
+        jax.effects_barrier()
+        assert 0 < len(looks) <= 14, (top_k, top_p, len(looks))
