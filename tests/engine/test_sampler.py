@@ -273,7 +273,7 @@ def test_a_threshold_takes_few_looks_at_the_vocabulary(
     for top_k, top_p in [(0, 0.5), (0, 0.9), (0, 0.99), (1000, 1.0), (7000, 1.0)]:
         looks.clear()
         row = column([top_k] * ROWS, jnp.int32), column([top_p] * ROWS)
-        counting = jax.jit(lambda *args: thresholds(*args))  # not what jit keeps of another test
+        counting = jax.jit(partial(thresholds))  # not what jit keeps of another test
         jax.block_until_ready(counting(in_blocks(jnp.asarray(weights), 0.0), *row))
         jax.effects_barrier()
         assert 0 < len(looks) <= 14, (top_k, top_p, len(looks))
