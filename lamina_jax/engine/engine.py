@@ -89,10 +89,14 @@ class Engine:
                 is affected.
         """
         sampling, request_id = request.sampling, request.request_id
-        named = {*request.prompt_token_ids, *sampling.logit_bias, *sampling.stop_token_ids}
-        wrong = [token for token in named if not 0 <= token < self.vocab_size]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
+        for name, tokens in (
+            ("prompt", request.prompt_token_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
+            if wrong:
+                raise ValueError(f"{name}: token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer.json: stop needs one, use stop_token_ids")
         if request_id in self._live:
