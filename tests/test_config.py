@@ -15,6 +15,7 @@ from lamina_jax.config import ConfigError, EngineConfig
     [
         ("placement", "both"),
         ("dtype", "float64"),
+        ("kv_dtype", "float16"),
         ("microbatches", 3),
         ("overlap", "maybe"),
         ("page_size", 0),

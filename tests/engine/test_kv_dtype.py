@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import SMALL, save_random
 
-from lamina_jax import LLM, ConfigError, SamplingParams
+from lamina_jax import LLM, SamplingParams
 from lamina_jax.engine.engine import Engine
 
 PROMPTS = [[1, 2, 3] * 9, [5, 7] * 4]
@@ -55,6 +54,7 @@ def test_a_float32_model_over_bfloat16_pages(checkpoint: str, settings: dict[str
     tokens, rounded = run(checkpoint, kv_dtype="bfloat16", **settings)
     found, expected = pages_of(rounded.engine)[0], pages_of(exact.engine)[0]
     assert (found.dtype, expected.dtype) == (np.uint16, np.float32)
+    assert found.shape == expected.shape
     assert tokens == exact_tokens
     np.testing.assert_array_equal(found.view(ml_dtypes.bfloat16), expected.astype(ml_dtypes.bfloat16))
     assert np.abs(expected).max() > 0
@@ -69,15 +69,3 @@ def test_a_bfloat16_model_over_float32_pages(checkpoint: str, settings: dict[str
         assert pages.dtype == np.float32
         assert np.abs(pages).max() > 0
         np.testing.assert_array_equal(pages, pages.astype(ml_dtypes.bfloat16).astype(np.float32))
-
-
-def test_halves_the_bytes_of_a_page(checkpoint: str) -> None:
-    _, exact = run(checkpoint, memory_devices="cpu:1")
-    _, rounded = run(checkpoint, memory_devices="cpu:1", kv_dtype="bfloat16")
-    sizes = [sum(pages.nbytes for pages in pages_of(llm.engine)) for llm in (exact, rounded)]
-    assert sizes[0] == 2 * sizes[1]
-
-
-def test_another_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kv_dtype must be one of auto, float32, bfloat16; got 'fp8'"):
-        LLM(str(tmp_path), kv_dtype="fp8")

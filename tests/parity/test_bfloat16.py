@@ -42,7 +42,7 @@ def check(family: str, folder: Path) -> float:
 
     rounded = logits_of(folder, "bfloat16", tokens)
     errors = rounded[:COMPARED] - exact
-    largest, typical = np.abs(errors).max() / np.abs(exact).max(), errors.std() / exact.std()
+    largest, typical = np.abs(errors).max() / np.abs(exact).max(), np.sqrt(np.mean(errors**2)) / exact.std()
     agrees = rounded.argmax(-1) == best
     clear = gap > RESOLUTION * np.abs(top)
     print(
