@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,10 +51,15 @@ def test_the_tap_sees_what_is_shown_and_all_that_is_counted() -> None:
     assert decoded == [("decode", layer, what) for layer in range(4) for what in ("q", "k, v", "o, lse")]
 
 
+@pytest.mark.timeout(240)
 def test_recall_falls_with_the_pages_that_are_read() -> None:
     code, shown = RECALL
-    _, printed = run(code)
-    shares, documented = shares_of(printed), shares_of(shown)
+    # In a process of its own, where shape annotations are not checked: five engines are slow with it.
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=230, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    shares, documented = shares_of(process.stdout), shares_of(shown)
     assert shares[0] >= 0.9
     assert shares[-1] <= shares[1] - 0.2 <= shares[0] - 0.4
     assert shares == sorted(shares, reverse=True)
@@ -72,18 +81,22 @@ def top_pages() -> Callable[[int], Callable[..., Any]]:
     return run(definitions)[0]["top_pages"]
 
 
-@settings(max_examples=15)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    contexts=st.lists(st.integers(0, 20), min_size=3, max_size=3),
-    window=st.sampled_from([2**30, 6]),
-)
-def test_all_pages_are_exact(top_pages: Any, seed: int, contexts: list[int], window: int) -> None:
-    operands = random_call(np.random.default_rng(seed), contexts, window)
-    expected = paged_attention(*operands, scale=0.3)
-    found = top_pages(5)(*operands, scale=0.3, softcap=None, dtype="float32", platform="cpu")
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+def test_all_pages_are_exact(top_pages: Any) -> None:
+    exact = jax.jit(partial(paged_attention, scale=0.3))
+    every_page = jax.jit(partial(top_pages(5), scale=0.3, dtype="float32"))
+
+    @settings(max_examples=30)
+    @given(
+        seed=st.integers(0, 2**32 - 1),
+        contexts=st.lists(st.integers(0, 20), min_size=3, max_size=3),
+        window=st.sampled_from([2**30, 6]),
+    )
+    def check(seed: int, contexts: list[int], window: int) -> None:
+        operands = random_call(np.random.default_rng(seed), contexts, window)
+        for found, expected in zip(every_page(*operands), exact(*operands), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+    check()
 
 
 def test_one_page_is_the_one_that_fits(top_pages: Any) -> None:
@@ -92,10 +105,12 @@ def test_one_page_is_the_one_that_fits(top_pages: Any) -> None:
     q, positions = q[:, :1, :1], positions[:, :1]
     keys = jnp.broadcast_to(4 * q[:, 0, :, None], (3, 1, 4, 8))
     pages = pages[:, :, :1].at[tables[:, 1], 0].set(keys)
-    found = top_pages(1)(q, pages, tables, lens, places, positions, window, scale=0.3, dtype="float32")
+    one_page = jax.jit(partial(top_pages(1), scale=0.3, dtype="float32"))
+    found = one_page(q, pages, tables, lens, places, positions, window)
     places = jnp.full_like(tables, NO_PAGE).at[:, 0].set(1)
     tables = tables.at[:, 0].set(tables[:, 1])
-    expected = paged_attention(q, pages, tables, lens, places, positions, window, scale=0.3)
+    exact = jax.jit(partial(paged_attention, scale=0.3))
+    expected = exact(q, pages, tables, lens, places, positions, window)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
