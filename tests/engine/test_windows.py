@@ -51,7 +51,7 @@ def expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [text[-NEW:] for text in texts]
 
 
-@pytest.mark.parametrize("settings", [{"overlap": "on"}, {"overlap": "off"}, {"placement": "collocated"}])
+@pytest.mark.parametrize("settings", [{"overlap": "off"}, {"placement": "collocated"}])
 def test_tokens_are_those_of_the_plain_model(
     folder: Path, prompts: list[list[int]], expected: list[list[int]], settings: dict[str, Any]
 ) -> None:

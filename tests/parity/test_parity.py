@@ -35,10 +35,8 @@ def test_logits(case: str) -> None:
 
 
 QUICK = {
-    ("llama3_scaling", "disaggregated"),
     ("mistral_window", "disaggregated"),
     ("qwen2_window", "collocated"),
-    ("qwen2_tied", "disaggregated"),
     ("qwen3_untied", "disaggregated"),
 }
 """Engines of the default run; the others are `slow`."""
