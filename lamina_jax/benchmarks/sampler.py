@@ -41,7 +41,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 FLAT, PEAKED = 1.0, 6.0
-"""Standard deviations of normal logits: top-p 0.9 keeps two thirds of the vocabulary, or few tokens."""
+"""Standard deviations of normal logits: top-p 0.9 keeps three fifths of the vocabulary, or tens of tokens."""
 
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "greedy": (FLAT, {"temperature": 0}),
