@@ -25,6 +25,7 @@ from lamina_jax.core import (
 )
 from lamina_jax.engine.outputs import Choice, PromptOutput, logprobs_at, prompt_logprobs_of
 from lamina_jax.engine.runner import ModelRunner
+from lamina_jax.engine.sampling_rows import check_edits
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.weights.tokenizer import Tokenizer
 
@@ -102,6 +103,7 @@ class Engine:
         if request_id in self._live:
             raise ValueError(f"request {request_id!r} is already held: use another request_id")
         children = self._children(request)
+        check_edits(children[0])
         for child in children:  # alike: if one is refused, the first is
             self.scheduler.add(child)
         live = self._live[request_id] = PromptOutput(request, children, self.tokenizer)
