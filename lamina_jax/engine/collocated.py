@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.compute import step_shapes
-from lamina_jax.engine.programs import Arrays, feed_tokens
+from lamina_jax.engine.programs import Arrays, feed_tokens, gathered_logits
 from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks, sampled
 from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.ops import Part, local_part, merge
@@ -51,7 +51,7 @@ class CollocatedRunner:
         sliced: Sliced,
         params: Any,
         geometry: CacheGeometry,
-        mesh: jax.sharding.Mesh,
+        mesh: Mesh,
         *,
         rows: int,
         pages_per_request: int,
@@ -105,7 +105,7 @@ class CollocatedRunner:
 
         sliced = self._sliced.at(self._params, *step_shapes(bucket))
         attend = self._attend if cached else None
-        step = partial(_step, sliced, bucket, attend, self._replicated, self._geometry.dtype)
+        step = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
         weights = tuple(like(weight) for weight in self._weights)
         inputs = (
             [like(pages) for pages in self.pages],
@@ -128,7 +128,7 @@ class CollocatedRunner:
                 if port.kind != "argument"
             )
             shapes = (struct(rows * queries), struct(rows * queries), struct(PROMPT_ROWS))
-            function = partial(_logits, last, self._replicated)
+            function = partial(_logits, last, self._mesh)
             self._prompts[bucket] = Compilation(function, ((*weights, *shapes), behind))
             yield f"logits of prompts {bucket}", self._prompts[bucket].compile
             yield from self._sampler.prompt_jobs(logits.shape[1])
@@ -190,7 +190,7 @@ def _step(
     sliced: Sliced,
     bucket: Bucket,
     attend: Callable[..., Part] | None,
-    place: NamedSharding,
+    mesh: Mesh,
     kv_dtype: str,
     pages: list[jax.Array],
     weights: Arrays,
@@ -221,14 +221,15 @@ def _step(
         values[Port("attention")] = o
     last_stage = sliced.slices[-1].fused
     behind = tuple(values[port] for port in last_stage.inputs if port.kind != "argument")
-    behind = tuple(jax.lax.with_sharding_constraint(x, place) for x in behind) if bucket[1] > 1 else ()
+    whole = NamedSharding(mesh, P())
+    behind = tuple(jax.lax.with_sharding_constraint(x, whole) for x in behind) if bucket[1] > 1 else ()
     (logits,) = last_stage.fn(*map(values.__getitem__, last_stage.inputs))
-    return pages, jax.lax.with_sharding_constraint(logits, place), tokens, behind
+    return pages, gathered_logits(logits, mesh), tokens, behind
 
 
-def _logits(last: Stage, place: NamedSharding, arguments: Arrays, behind: Arrays) -> jax.Array:
+def _logits(last: Stage, mesh: Mesh, arguments: Arrays, behind: Arrays) -> jax.Array:
     """The last slice on its own, at other places of the step's tokens."""
     rest = iter(behind)
     inputs = [arguments[port.index] if port.kind == "argument" else next(rest) for port in last.inputs]
     (logits,) = last.fn(*inputs)
-    return jax.lax.with_sharding_constraint(logits, place)
+    return gathered_logits(logits, mesh)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.ops import Part, local_part, merge
@@ -127,9 +127,19 @@ def whole_slice(
 
 
 def last_slice(stage: Stage, shape: Shape, inputs: Inputs) -> jax.Array:
-    """The model's output: logits f32[B, V]."""
+    """The model's output: logits f32[B, V], whole on every device."""
     (logits,) = run_stage(stage, shape, inputs)
-    return logits
+    return gathered_logits(logits, shape.mesh)
+
+
+def gathered_logits(logits: jax.Array, mesh: Mesh) -> jax.Array:
+    """Logits f32[B, V] whole on every device, each having computed its share of the vocabulary.
+
+    Asked for whole logits alone, XLA gathers a tied embedding table instead and computes them everywhere.
+    """
+    if logits.shape[1] % mesh.shape["tensor"] == 0:
+        logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P(None, "tensor")))
+    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, WHOLE))
 
 
 def feed_tokens(last: jax.Array, feedback: jax.Array, tokens: jax.Array) -> jax.Array:

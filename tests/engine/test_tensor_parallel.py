@@ -9,15 +9,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
 from lamina_jax.compilation import Job, compile_all
 from lamina_jax.core import StepPlan
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.programs import gathered_logits
 from lamina_jax.models import ModelConfig
+from lamina_jax.models.layers import matmul
 from lamina_jax.pool.geometry import head_table
 
 SHALLOW = dataclasses.replace(TINY, num_layers=2)
@@ -202,3 +208,17 @@ def test_an_axis_that_does_not_divide_stays_whole(tmp_path: Path) -> None:
     llm = LLM(folder, compute_devices="cpu:0-1", **SETTINGS)
     assert tokens_of(llm, [[1, 2, 3]]) == expected
     assert not {"cpu:0", "cpu:1"} & set(llm.stats()["page_devices"])
+
+
+def test_the_logits_are_gathered_not_the_table() -> None:
+    """A tied table is both read by row and multiplied by; each device multiplies by its own rows."""
+    devices = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    cut, whole = NamedSharding(devices, P("tensor")), NamedSharding(devices, P())
+
+    def model(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return gathered_logits(matmul(table[tokens], table, contract=1), devices)
+
+    table = jax.ShapeDtypeStruct((160, 32), jnp.bfloat16, sharding=cut)
+    tokens = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=whole)
+    hlo = jax.jit(model, out_shardings=whole).lower(table, tokens).compile().as_text()
+    assert re.findall(r"(\w+\[[\d,]*\])\S* all-gather", hlo) == ["f32[8,160]"]
