@@ -6,12 +6,36 @@ Every key is obeyed or refused with a `ConfigError` that names it and says what 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 class ConfigError(ValueError):
     """A setting that cannot be obeyed; the message names it, its value and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityConfig:
+    """What engine and attention workers show each other before they talk.
+
+    Args:
+        token_file: a file with a secret that both sides share.
+        tls_cert: a PEM file with this side's certificate chain; an engine needs none.
+        tls_key: a PEM file with the private key of tls_cert.
+        tls_ca: a PEM file with the authorities that may have signed the other side's certificate; where a
+            worker has one, the engine must show a certificate too.
+        insecure: listen on, or connect to, addresses that other machines reach, without all this.
+    """
+
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key belong together: give both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +61,13 @@ class EngineConfig:
         microbatches: 1, 2 (the double buffer) or "auto".
         overlap: "on" sends q before k and v are computed (paper 4.2.2), "off" sends all at once.
         compute_devices, memory_devices: "cpu:0", "cpu:1-2", "gpu:0,1", ...; None chooses.
+        attention: addresses of attention workers, "host:port,host:port": the memory mesh is theirs. None
+            keeps it in this process.
+        partition: how workers share the KV cache: by KV head, by request, or the tokens of each request.
+        exchange: between the engine and its workers: "local" within a process, "socket" (blocking TCP, or
+            a Unix socket on one host) or "grpc" (through any proxy); "auto" chooses and says why.
+        wire_dtype: of q, k, v and o between the meshes; "auto" takes that of the activations.
+        security: of the connections to workers.
     """
 
     model: str = "bundled"
@@ -54,6 +85,11 @@ class EngineConfig:
     overlap: Literal["auto", "on", "off"] = "auto"
     compute_devices: str | None = None
     memory_devices: str | None = None
+    attention: str | None = None
+    partition: Literal["heads", "requests", "tokens"] = "heads"
+    exchange: Literal["auto", "local", "socket", "grpc"] = "auto"
+    wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         _one_of("placement", self.placement, ("disaggregated", "collocated"))
@@ -61,6 +97,24 @@ class EngineConfig:
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
         _one_of("microbatches", self.microbatches, ("auto", 1, 2))
         _one_of("overlap", self.overlap, ("auto", "on", "off"))
+        _one_of("partition", self.partition, ("heads", "requests", "tokens"))
+        _one_of("exchange", self.exchange, ("auto", "local", "socket", "grpc"))
+        _one_of("wire_dtype", self.wire_dtype, ("auto", "float32", "bfloat16"))
+        if self.attention and self.placement == "collocated":
+            raise ConfigError("attention names workers, which placement=collocated has no use for")
+        if self.attention and self.memory_devices:
+            raise ConfigError("attention and memory_devices both say where the KV cache is: give one of them")
+        if self.attention is None and self.exchange in ("socket", "grpc"):
+            raise ConfigError(
+                f"exchange={self.exchange} needs workers: name them with attention=HOST:PORT,..."
+            )
+        if self.attention and self.exchange == "local":
+            raise ConfigError("exchange=local is within one process: leave attention out, or choose another")
+        if self.partition == "tokens" and self.overlap == "off":
+            raise ConfigError(
+                "partition=tokens sends q to every worker, and k, v to one: it cannot send them in one "
+                "message, leave overlap=off out"
+            )
         for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "page_size", "num_pages"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -15,6 +15,19 @@ import numpy as np
 FinishReason = Literal["stop", "length", "abort"]
 
 
+class WorkerLost(RuntimeError):
+    """An attention worker does not answer any more, and what it held is gone.
+
+    Attributes:
+        worker: its address.
+        reason: what was seen of it.
+    """
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"attention worker {worker} is lost: {reason}")
+        self.worker, self.reason = worker, reason
+
+
 MAX_LOGPROBS = 20
 """Most alternatives that are told beside a token."""
 
@@ -269,6 +282,8 @@ class MicrobatchPlan:
         sampling: how, where some row is not greedy or wants more than its token; None: all greedy.
         prompt_targets: int32[T]: the prompt token that follows each new token, where some row is to be
             told the log-probabilities of its prompt; -1 where there is none.
+        worker: where the cache is partitioned by request: the worker that holds all rows; None: the rows
+            are W equal segments, one of each worker.
     """
 
     microbatch: int
@@ -286,6 +301,7 @@ class MicrobatchPlan:
     samples: np.ndarray
     sampling: SamplingRows | None = None
     prompt_targets: np.ndarray | None = None
+    worker: int | None = None
 
     @property
     def bucket(self) -> tuple[int, int]:

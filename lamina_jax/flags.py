@@ -10,7 +10,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,9 +27,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, *, positional: str | None = None) -> None:
-    """Add `--some-field` for every `some_field` of a dataclass; `positional` names one that needs no flag."""
+    """Add `--some-field` for every `some_field` of a dataclass; `positional` names one that needs no flag.
+
+    A field that is a configuration of its own has its own flags; one that is a flag already is the same.
+    """
     texts, hints = field_texts(config_class), get_type_hints(config_class)
     for field in fields(config_class):
+        if is_dataclass(hints[field.name]) or _flag(field.name) in parser._option_string_actions:
+            continue
         kind = _without_none(hints[field.name])
         settings: dict[str, Any] = {"default": field.default, "help": _help(texts[field.name], field.default)}
         if kind is bool:
@@ -39,16 +44,21 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, *, positional
         if field.name == positional:
             parser.add_argument(field.name, **settings | {"nargs": "?", "metavar": field.name.upper()})
         else:
-            parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+            parser.add_argument(_flag(field.name), **settings)
 
 
-def from_flags(config_class: type[Config], options: argparse.Namespace) -> Config:
-    """The configuration that the parsed flags say.
+def from_flags(config_class: type[Config], options: argparse.Namespace, **parts: Any) -> Config:
+    """The configuration that the parsed flags say; `parts`: its fields that are configurations of their own.
 
     Raises:
         ConfigError: a value that the class refuses.
     """
-    return config_class(**{field.name: getattr(options, field.name) for field in fields(config_class)})  # type: ignore[arg-type]
+    names = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
+    return config_class(**{name: getattr(options, name) for name in names if hasattr(options, name)}, **parts)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def field_texts(config_class: type) -> dict[str, str]:

@@ -10,7 +10,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from lamina_jax.config import ConfigError, EngineConfig, ServerConfig
+from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.server.engine_thread import Build, Engine, StartError
 from lamina_jax.server.listener import ListenError, listen
@@ -41,9 +41,11 @@ def parse(argv: Sequence[str] | None) -> tuple[EngineConfig, ServerConfig]:
     parser = Parser(prog="python -m lamina_jax.serve", description=__doc__, allow_abbrev=False)
     add_flags(parser, EngineConfig, positional="model")
     add_flags(parser, ServerConfig)
+    add_flags(parser, SecurityConfig)
     options = parser.parse_args(argv)
     try:
-        return from_flags(EngineConfig, options), from_flags(ServerConfig, options)
+        security = from_flags(SecurityConfig, options)
+        return from_flags(EngineConfig, options, security=security), from_flags(ServerConfig, options)
     except ConfigError as error:
         parser.error(str(error))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lamina_jax.config import ConfigError, EngineConfig, ServerConfig
+from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.flags import field_texts
 from lamina_jax.serve import parse
 
@@ -25,16 +25,16 @@ def test_no_flags_give_the_defaults() -> None:
     assert parse([]) == (EngineConfig(), ServerConfig())
 
 
-@pytest.mark.parametrize("config_class", [EngineConfig, ServerConfig])
+@pytest.mark.parametrize("config_class", [EngineConfig, ServerConfig, SecurityConfig])
 def test_every_field_is_a_flag_with_help(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse(["--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for field in fields(config_class):
-        if field.name != "model":
+        if field.name not in ("model", "security"):
             assert f"--{field.name.replace('_', '-')} " in shown
-        assert field_texts(config_class)[field.name].rstrip(".")[:30] in shown
+            assert field_texts(config_class)[field.name].rstrip(".")[:30] in shown
 
 
 @pytest.mark.parametrize(

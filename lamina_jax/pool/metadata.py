@@ -1,14 +1,18 @@
-"""What the memory side is told once per microbatch and step: pages, lengths, positions, slots."""
+"""What the memory side is told once per microbatch and step: pages, lengths, positions, slots.
+
+Importing it loads no jax.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Sharding
+import numpy as np
 
 from lamina_jax.core import MicrobatchPlan
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
 
 Leaf = Any
 """An array, on the host or on devices; or its `jax.ShapeDtypeStruct` while a program is compiled."""
@@ -31,9 +35,10 @@ def metadata_of(plan: MicrobatchPlan) -> StepMetadata:
 
 def metadata_shapes(bucket: tuple[int, int], pages_per_request: int, place: Sharding) -> StepMetadata:
     """For a bucket (B, Q) and block tables of M = `pages_per_request` places."""
+    import jax
 
     def struct(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=place)
+        return jax.ShapeDtypeStruct(dims, np.int32, sharding=place)
 
     rows, _ = bucket
     table = struct(rows, pages_per_request)

@@ -1,0 +1,37 @@
+"""What an engine asks of an attention worker when it takes a lease. No jax here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamina_jax.pool.geometry import CacheGeometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """A worker's share of the KV cache, and the static shapes of what it will be sent.
+
+    Attributes:
+        geometry: of this worker's share, over all of its devices.
+        devices: on how many devices it lies, cut by KV head.
+        windows, scales, softcaps: of each layer's attention.
+        buckets: (B, Q, cached): rows and new tokens of a microbatch as they come to this worker, and
+            whether they come with a cached part.
+        pages_per_request: M, the width of its block tables.
+        overlap: whether q and k, v come in two frames or in one.
+        pieces: in how many pieces of heads each device's share comes and goes.
+        copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
+        by_token: whether a KV frame holds only the tokens that this worker keeps.
+    """
+
+    geometry: CacheGeometry
+    devices: int
+    windows: tuple[int, ...]
+    scales: tuple[float, ...]
+    softcaps: tuple[float | None, ...]
+    buckets: tuple[tuple[int, int, bool], ...]
+    pages_per_request: int
+    overlap: bool
+    pieces: int
+    copies: int
+    by_token: bool
