@@ -24,7 +24,8 @@ class SecurityConfig:
         tls_key: a PEM file with the private key of tls_cert.
         tls_ca: a PEM file with the authorities that may have signed the other side's certificate; where a
             worker has one, the engine must show a certificate too.
-        insecure: listen on, or connect to, addresses that other machines reach, without all this.
+        insecure: listen on, or connect to, addresses that other machines reach, though not all is in place
+            that would make it safe.
     """
 
     token_file: str | None = None
@@ -134,7 +135,8 @@ class ServerConfig:
         port: the port to listen on; 0 takes any free one and prints it.
         drain_seconds: at SIGTERM or Ctrl-C, how long the running requests may take to end.
         request_seconds: longest time that one request may take, its time in the queue included.
-        insecure: listen on an address that other machines reach, though there is no API key yet.
+        insecure: listen on, or connect to, addresses that other machines reach, though not all is in place
+            that would make it safe.
     """
 
     host: str = "127.0.0.1"
