@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class WorkerLost(RuntimeError):
@@ -257,15 +257,15 @@ class Sampled:
 class MicrobatchPlan:
     """What one microbatch does in one step. All arrays are numpy, their shapes static per bucket.
 
-    A microbatch is B rows of Q new tokens; T = B * Q. Row b belongs to `request_ids[b]`; rows beyond
-    `len(request_ids)` are padding, as are the last tokens of a row whose prompt is shorter than Q.
+    A microbatch is B rows of Q new tokens; T = B * Q. Row b belongs to `request_ids[b]`; rows where it is
+    "", and rows beyond `len(request_ids)`, are padding, as are the last tokens of a row whose prompt is shorter than Q.
     M is the width of a block table (pages of the longest request), p the page size.
 
     Attributes:
         microbatch: decode microbatches are 0 .. n-1; a prefill microbatch is n.
         kind: "decode" (Q = 1) or "prefill" (chunks of prompts).
         cached: whether some row has cached tokens, so that there is a cached part to merge.
-        request_ids: the request of each live row.
+        request_ids: the request of each row, "" for a padding row between live ones.
         tokens: int32[B, Q]: new tokens, as far as the host knows them.
         feedback: int32[B]: the row of this microbatch's previous step whose sampled token is this
             row's new token, still on the device; -1: take `tokens`.
@@ -276,7 +276,7 @@ class MicrobatchPlan:
             one worker holds the whole request. It increases along a row; a place that holds no page lies
             at or beyond the context.
         slots: int32[B, Q]: page * p + offset where each new token's k and v are kept; padding holds
-            num_pages * p, which is out of range and dropped.
+            the number of all slots, which is out of range and dropped.
         logits_at: int32[B]: index into T of the token whose logits choose the row's next token.
         samples: bool[B]: the rows that get a new token: those whose prompt ends here.
         sampling: how, where some row is not greedy or wants more than its token; None: all greedy.
@@ -365,6 +365,7 @@ class RequestOutput:
     """A prompt and its continuations so far, in the order of their index (in vLLM's shape).
 
     `prompt_logprobs` holds one entry per prompt token where they were asked for; the first is None.
+    `error` says why continuations ended with the finish reason "error": the request can be sent again.
     """
 
     request_id: str
@@ -373,3 +374,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[Logprobs | None] | None = None
+    error: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from lamina_jax.config import EngineConfig
 from lamina_jax.core import Request, RequestOutput, SamplingParams
 from lamina_jax.engine.build import build_engine
 from lamina_jax.pool.shard import CachedPart
+
+WORKER_SECONDS = 60.0
+"""How long `generate` waits for an attention worker that was lost before: it has to start and to compile."""
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
@@ -50,6 +54,8 @@ class LLM:
 
         Raises:
             ValueError: a prompt that cannot be served; then none is.
+            WorkerLost: an attention worker was lost on the way; or it was lost before, and has not come
+                back within `WORKER_SECONDS`. It can be called again.
         """
         requests = self._requests(_as_list(prompts), sampling_params)
         finished: dict[str, RequestOutput] = {}
@@ -57,14 +63,16 @@ class LLM:
             for request in requests:
                 self.engine.submit(request)
             while len(finished) < len(requests):
-                finished.update(
-                    (output.request_id, output) for output in self.engine.step() if output.finished
-                )
+                self._wait_for_worker()
+                outputs = self.engine.step()
+                if outputs and self.engine.lost is not None:  # they have ended with an error
+                    raise self.engine.lost
+                finished.update((output.request_id, output) for output in outputs if output.finished)
         finally:
             for request in requests:
                 if request.request_id not in finished:
                     self.engine.abort(request.request_id)
-            while self.engine.has_work:
+            while self.engine.has_work and self.engine.lost is None:
                 self.engine.step()
         return [finished[request.request_id] for request in requests]
 
@@ -111,6 +119,15 @@ class LLM:
         and those that hold pages.
         """
         return self.engine.stats()
+
+    def _wait_for_worker(self) -> None:
+        """Until no worker is lost. Raises `WorkerLost` where that takes too long."""
+        deadline = time.monotonic() + WORKER_SECONDS
+        while (lost := self.engine.lost) is not None:
+            if time.monotonic() >= deadline:
+                raise lost
+            time.sleep(self.engine.pause or 0.0)
+            self.engine.step()
 
     def _requests(
         self, prompts: list[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None

@@ -15,6 +15,7 @@ from typing import Any
 
 from lamina_jax.compilation import CompilationCounter
 from lamina_jax.core import (
+    FinishReason,
     MicrobatchPlan,
     Request,
     RequestOutput,
@@ -22,12 +23,17 @@ from lamina_jax.core import (
     SamplingParams,
     StepPlan,
     TokenEvent,
+    WorkerLost,
 )
+from lamina_jax.engine.outage import Outage
 from lamina_jax.engine.outputs import Choice, PromptOutput, logprobs_at, prompt_logprobs_of
-from lamina_jax.engine.runner import ModelRunner
+from lamina_jax.engine.runner import ModelRunner, RecoverableRunner
 from lamina_jax.engine.sampling_rows import check_edits
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.weights.tokenizer import Tokenizer
+
+CHECK_SECONDS = 0.2
+"""Between two looks at whether a worker was lost, while there is nothing to dispatch."""
 
 
 class Engine:
@@ -60,6 +66,8 @@ class Engine:
         self._live: dict[str, PromptOutput] = {}
         self._choices: dict[str, tuple[PromptOutput, Choice]] = {}
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._recoverable = runner if isinstance(runner, RecoverableRunner) else None
+        self._outage: Outage | None = None
         self._steps, self._host_seconds = 0, 0.0
 
     def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
@@ -114,12 +122,7 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return None
-        for choice in live.choices:
-            if not choice.finished:
-                self.scheduler.abort(choice.request.request_id)
-                choice.end("abort")
-        self._forget(live)
-        return live.output()
+        return self._end(live, "abort")
 
     def _children(self, request: Request) -> list[Request]:
         """One request for each continuation, with what ends it and what it is drawn from."""
@@ -143,6 +146,15 @@ class Engine:
             for choice in range(sampling.n)
         ]
 
+    def _end(self, live: PromptOutput, reason: FinishReason) -> RequestOutput:
+        """End all of a request that has not ended; its last output."""
+        for choice in live.choices:
+            if not choice.finished:
+                self.scheduler.abort(choice.request.request_id)
+                choice.end(reason)
+        self._forget(live)
+        return live.output()
+
     def _forget(self, live: PromptOutput) -> None:
         del self._live[live.request.request_id]
         for choice in live.choices:
@@ -153,8 +165,52 @@ class Engine:
         """Whether there is anything to dispatch or to read."""
         return self.scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def lost(self) -> WorkerLost | None:
+        """The attention worker that is lost, until it is back."""
+        return self._outage.lost if self._outage is not None else None
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds for which `step` has nothing to do, unless something is submitted; None: for ever."""
+        if self._outage is not None:
+            return self._outage.seconds_left
+        if self.has_work:
+            return 0.0
+        return CHECK_SECONDS if self._recoverable is not None else None
+
     def step(self) -> list[RequestOutput]:
-        """Dispatch the next step, read the one before; the outputs that have changed."""
+        """Dispatch the next step, read the one before; the outputs that have changed.
+
+        Where an attention worker is lost, every request that had begun ends with an error, and those that
+        wait keep their places. While `lost`, a step is a try to get the worker back, once `pause` is over.
+        """
+        if self._outage is not None:
+            if self._outage.ends():
+                self._outage = None
+            return []
+        try:
+            if self._recoverable is not None and not self._in_flight:
+                self._recoverable.check()
+            return self._advance()
+        except WorkerLost as lost:
+            if self._recoverable is None:
+                raise
+            self._outage = Outage(lost, self._recoverable.recover)
+            return self._end_running(str(lost))
+
+    def _end_running(self, error: str) -> list[RequestOutput]:
+        """End with an error all requests of which something ran; nothing is in flight any more."""
+        self._in_flight.clear()
+        outputs = []
+        for request_id in self.scheduler.drop_running():
+            if request_id in self._choices:  # else it has ended with another choice of its prompt
+                live, _ = self._choices[request_id]
+                live.error = error
+                outputs.append(self._end(live, "error"))
+        return outputs
+
+    def _advance(self) -> list[RequestOutput]:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is not None:

@@ -89,6 +89,9 @@ class PromptOutput:
     Args:
         request: as it was submitted.
         children: what the scheduler holds for it, one for each choice.
+
+    Attributes:
+        error: why it ended, if it could not go on.
     """
 
     def __init__(self, request: Request, children: Sequence[Request], tokenizer: Tokenizer | None) -> None:
@@ -96,6 +99,7 @@ class PromptOutput:
         self.choices = [Choice(child, tokenizer) for child in children]
         wanted = request.sampling.prompt_logprobs is not None
         self._prompt_logprobs: list[Logprobs | None] | None = [None] if wanted else None
+        self.error: str | None = None
 
     def take_prompt(self, logprobs: Sequence[Logprobs]) -> None:
         """The log-probabilities of the next prompt tokens, of the first choice."""
@@ -115,6 +119,7 @@ class PromptOutput:
             outputs=[_copy(choice.output) for choice in self.choices],
             finished=self.finished,
             prompt_logprobs=None if self._prompt_logprobs is None else list(self._prompt_logprobs),
+            error=self.error,
         )
 
 

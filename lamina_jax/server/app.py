@@ -48,7 +48,7 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 once requests are taken; until then 503 with the phase of the start."""
+    """200 while requests are served; else 503 with the phase of the start, or the worker that is lost."""
     service = _service(request)
     if service.phase == "ready":
         return JSONResponse(service.status())

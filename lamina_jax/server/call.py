@@ -15,12 +15,20 @@ class Call:
     Args:
         count: how many prompts it has.
         deadline: in the loop's time.
+        late: the error that it ends with at its deadline.
         param_of: the field of the request that an error of the engine speaks of.
     """
 
-    def __init__(self, call_id: str, count: int, deadline: float, param_of: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        call_id: str,
+        count: int,
+        deadline: float,
+        late: Callable[[], ApiError],
+        param_of: Callable[[str], str],
+    ) -> None:
         self.id, self.count, self.param_of = call_id, count, param_of
-        self._deadline = deadline
+        self._deadline, self._late = deadline, late
         self._echo: list[list[str]] | None = None
         self._unfinished = count
         self._newest: dict[int, RequestOutput] = {}
@@ -68,9 +76,7 @@ class Call:
             async with asyncio.timeout_at(self._deadline):
                 await self._changed.wait()
         except TimeoutError:
-            raise ApiError(
-                504, "the request took longer than request_seconds allows", code="timeout"
-            ) from None
+            raise self._late() from None
         self._changed.clear()
         if self._error is not None:
             raise self._error

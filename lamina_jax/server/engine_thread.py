@@ -10,9 +10,10 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
-from lamina_jax.core import Request, RequestOutput, SamplingParams
+from lamina_jax.core import Request, RequestOutput, SamplingParams, WorkerLost
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.server import messages
 from lamina_jax.server.messages import Event, Message, request_id
@@ -35,7 +36,10 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> RequestOutput | None: ...
 
     @property
-    def has_work(self) -> bool: ...
+    def lost(self) -> WorkerLost | None: ...
+
+    @property
+    def pause(self) -> float | None: ...
 
     def step(self) -> list[RequestOutput]: ...
 
@@ -55,7 +59,7 @@ class _Stopped(Exception):
 
 
 class EngineThread(threading.Thread):
-    """Builds an engine, then steps it while it has work and sleeps while it has none.
+    """Builds an engine, then steps it while it has work and sleeps, open to messages, while it has none.
 
     Args:
         build: called in this thread; a `StartError` is reported by its message alone.
@@ -98,8 +102,9 @@ class EngineThread(threading.Thread):
         self._emit(messages.Progress(phase, done, total))
 
     def _serve(self, engine: Engine) -> None:
+        told: messages.Lost | None = None
         while True:
-            for message in self._received(wait=not engine.has_work):
+            for message in self._received(engine.pause):
                 match message:
                     case messages.Submit():
                         self._submit(engine, message)
@@ -110,14 +115,19 @@ class EngineThread(threading.Thread):
                         self._emit(messages.Stats(engine.stats()))
                     case messages.Stop():
                         return
-            if engine.has_work and (outputs := engine.step()):
+            outputs = engine.step()
+            if (loss := _loss(engine)) != told:
+                self._emit(loss or messages.Recovered())
+                told = loss
+            if outputs:
                 self._emit(messages.Outputs(outputs))
 
-    def _received(self, *, wait: bool) -> list[Message]:
-        """The messages that are there; with `wait` at least one, however long it takes to come."""
-        received = [self._inbox.get()] if wait else []
-        while not self._inbox.empty():
-            received.append(self._inbox.get())
+    def _received(self, pause: float | None) -> list[Message]:
+        """The messages that are there; waits so many seconds for the first one, None: as long as it takes."""
+        received: list[Message] = []
+        with suppress(queue.Empty):
+            while True:
+                received.append(self._inbox.get(timeout=0 if received else pause))
         return received
 
     def _submit(self, engine: Engine, call: messages.Submit) -> None:
@@ -139,6 +149,11 @@ class EngineThread(threading.Thread):
             self._emit(messages.Rejected(call.call_id, str(error), too_long))
         else:
             self._emit(messages.Accepted(call.call_id, echo))
+
+
+def _loss(engine: Engine) -> messages.Lost | None:
+    lost = engine.lost
+    return None if lost is None else messages.Lost(lost.worker, lost.reason)
 
 
 def _as_submitted(call: messages.Submit, tokenizer: Tokenizer | None) -> list[messages.Prompt]:

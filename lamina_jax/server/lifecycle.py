@@ -21,7 +21,7 @@ from lamina_jax.config import ServerConfig
 from lamina_jax.server.app import create_app
 from lamina_jax.server.engine_thread import Build, EngineThread
 from lamina_jax.server.listener import url
-from lamina_jax.server.messages import Died, Event, Progress, Ready
+from lamina_jax.server.messages import Died, Event, Lost, Progress, Ready, Recovered
 from lamina_jax.server.report import StartReport
 from lamina_jax.server.service import Service
 
@@ -121,6 +121,10 @@ class Server:
                 self._report.close()
                 facts = f"{self._service.model}, {stats['placement']}, {stats['pages_total']} pages"
                 self._report.line(f"ready: {self._url} ({facts}) in {self._service.elapsed_seconds:.1f} s")
+            case Lost(worker, reason):
+                self._report.line(f"not ready: attention worker {worker} is lost: {reason}")
+            case Recovered():
+                self._report.line(f"ready: {self._url}")
             case Died(reason):
                 self._report.close()
                 self._report.line(f"error: {reason}")

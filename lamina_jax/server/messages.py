@@ -75,6 +75,22 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """An attention worker is lost. What ran has ended with an error, what waits waits until `Recovered`.
+
+    Comes again when there is more to say about it.
+    """
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """No worker is lost any more."""
+
+
+@dataclass(frozen=True)
 class Accepted:
     """Every prompt of a call waits or runs. `echo`: for each prompt, the text of each of its tokens."""
 
@@ -105,7 +121,7 @@ class Stats:
     values: dict[str, Any]
 
 
-Event = Progress | Ready | Died | Accepted | Rejected | Outputs | Stats
+Event = Progress | Ready | Died | Lost | Recovered | Accepted | Rejected | Outputs | Stats
 
 
 def request_id(call_id: str, index: int) -> str:

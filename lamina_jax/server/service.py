@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from lamina_jax.core import SamplingParams
+from lamina_jax.core import SamplingParams, WorkerLost
 from lamina_jax.server import messages
 from lamina_jax.server.call import Call
 from lamina_jax.server.errors import ApiError
@@ -42,6 +42,7 @@ class Service:
         self.facts: dict[str, Any] | None = None
         self.chat_template: ChatTemplate | None = None
         self.error: str | None = None
+        self.lost: messages.Lost | None = None
         self.draining = False
         self._send, self._request_seconds = send, request_seconds
         self._started = time.monotonic()
@@ -52,12 +53,14 @@ class Service:
 
     @property
     def phase(self) -> str:
-        """Of the start, and then "ready", "draining" or "failed"."""
+        """Of the start, and then "ready", "worker_lost", "draining" or "failed"."""
         if self.error is not None:
             return "failed"
         if self.draining:
             return "draining"
-        return self.progress.phase if self.facts is None else "ready"
+        if self.facts is None:
+            return self.progress.phase
+        return "ready" if self.lost is None else "worker_lost"
 
     @property
     def elapsed_seconds(self) -> float:
@@ -71,11 +74,16 @@ class Service:
             "total": self.progress.total,
             "elapsed_s": round(self.elapsed_seconds, 3),
         }
+        if self.lost is not None:
+            status |= {"worker": self.lost.worker, "reason": self.lost.reason}
         return status if self.error is None else status | {"error": self.error}
 
     def require_ready(self) -> dict[str, Any]:
-        """What is known of the engine. Raises `ApiError` (503) while it takes no calls."""
-        if self.facts is None or self.phase != "ready":
+        """What is known of the engine. Raises `ApiError` (503) while it takes no calls.
+
+        It takes them while a worker is lost: they wait.
+        """
+        if self.facts is None or self.phase not in ("ready", "worker_lost"):
             why = "/ready tells when" if self.error is None else self.error
             message = f"not ready: {self.phase} after {self.elapsed_seconds:.0f} s; {why}"
             raise ApiError(503, message, code="not_ready", headers=RETRY_AFTER)
@@ -93,7 +101,7 @@ class Service:
     ) -> Call:
         """Submit a call, whose id begins with `prefix`. Whoever opens it closes it."""
         deadline = asyncio.get_running_loop().time() + self._request_seconds
-        call = Call(f"{prefix}-{uuid.uuid4().hex}", len(prompts), deadline, param_of)
+        call = Call(f"{prefix}-{uuid.uuid4().hex}", len(prompts), deadline, self._late, param_of)
         self._calls[call.id] = call
         self._idle.clear()
         self._send(messages.Submit(call.id, prompts, sampling, special_tokens, echo))
@@ -137,6 +145,10 @@ class Service:
             case messages.Died(reason):
                 self.error = reason
                 self._fail_calls(ApiError(500, f"the engine has died: {reason}", code="engine_died"))
+            case messages.Lost():
+                self.lost = event
+            case messages.Recovered():
+                self.lost = None
             case messages.Accepted(call_id, echo) if call := self._calls.get(call_id):
                 call.accept(echo)
             case messages.Rejected(call_id, reason, too_long) if call := self._calls.get(call_id):
@@ -145,13 +157,28 @@ class Service:
             case messages.Outputs(outputs):
                 for output in outputs:
                     call_id, index = messages.call_and_index(output.request_id)
-                    if call := self._calls.get(call_id):
+                    if not (call := self._calls.get(call_id)):
+                        continue
+                    if output.error is None:
                         call.put(index, output)
+                    else:
+                        call.fail(_worker_lost(output.error))
             case messages.Stats(values):
                 answer = self._stats_asked.popleft()
                 if not answer.done():
                     answer.set_result(values)
 
+    def _late(self) -> ApiError:
+        """What a call ends with at its deadline."""
+        late = "the request took longer than request_seconds allows"
+        if self.lost is None:
+            return ApiError(504, late, code="timeout")
+        return _worker_lost(f"{late}: {WorkerLost(self.lost.worker, self.lost.reason)}")
+
     def _fail_calls(self, error: ApiError) -> None:
         for call in self._calls.values():
             call.fail(error)
+
+
+def _worker_lost(message: str) -> ApiError:
+    return ApiError(503, message, code="worker_lost", headers=RETRY_AFTER)
