@@ -1,0 +1,106 @@
+"""What processes of one machine cannot share: ports, the cores that they are pinned to, accelerators.
+
+A machine is what has an address; all loopback addresses are one. No jax here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from lamina_jax.cluster.processes import Cluster, EngineProcess, WorkerProcess
+from lamina_jax.config import ConfigError
+
+
+def check_claims(cluster: Cluster) -> None:
+    """Refuse a cluster in which two processes claim the same of one machine.
+
+    Raises:
+        ConfigError: it names both keys; or the one whose value claims nothing that there can be.
+    """
+    owners: dict[tuple[str, str], str] = {}
+    for i, process in enumerate(cluster.roles().values()):
+        where = f"workers[{i - 1}]" if i else "engine"
+        machine = machine_of(cluster.address(process))
+        try:
+            claims = [(f"{where}.{key}", claimed) for key, claimed in _claims(process)]
+        except ConfigError as error:
+            raise ConfigError(f"{cluster.file}: {where}.{error}") from None
+        for key, claimed in claims:
+            owner = owners.setdefault((machine, claimed), key)
+            if owner != key:
+                raise ConfigError(
+                    f"{cluster.file}: {key}: {claimed} of {machine} is {owner} already: choose another"
+                )
+
+
+def indices(text: str) -> list[int]:
+    """The numbers that a text such as "0-3,5" names.
+
+    Raises:
+        ValueError: a text of another form, or one that names none, or one twice.
+    """
+    numbers: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError("expected numbers and ranges, such as 0 or 0-3 or 0,2-3")
+        numbers.extend(range(int(first), int(last if dash else first) + 1))
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError("expected at least one number, and none twice")
+    return numbers
+
+
+def device_names(choice: str) -> list[str]:
+    """Of devices such as "gpu:0-1" each one's name; a platform alone ("tpu") is all of them, one name.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    platform, colon, numbers = choice.partition(":")
+    if not platform.isalpha():
+        raise ValueError("expected a platform and numbers, such as cpu:0 or gpu:0-1")
+    return [f"{platform}:{number}" for number in indices(numbers)] if colon else [platform]
+
+
+def machine_of(address: str) -> str:
+    """The machine that has an address."""
+    return "this machine" if is_loopback(address) else address
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only processes of one machine reach an address."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _claims(process: EngineProcess | WorkerProcess) -> Iterator[tuple[str, str]]:
+    """(key, what it claims) of one process. CPU devices are virtual: each process has its own."""
+    if isinstance(process, EngineProcess):
+        devices_key, devices = "settings.compute_devices", process.settings.compute_devices
+        yield from _port("server.port", process.server.port, any_free=True)
+    else:
+        devices_key, devices = "devices", process.devices
+        yield from _port("port", process.port)
+        yield from _port("data_port", process.data_port, any_free=True)
+        yield from _port("metrics_port", process.metrics_port)
+    try:
+        key, value = "cores", process.cores
+        for core in indices(value) if value is not None else ():
+            yield key, f"core {core}"
+        key, value = devices_key, devices
+        for name in device_names(value) if value is not None else ():
+            if not name.startswith("cpu"):
+                yield key, name
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}, got {value!r}") from None
+
+
+def _port(key: str, port: int | None, *, any_free: bool = False) -> Iterator[tuple[str, str]]:
+    if port is None or (port == 0 and any_free):
+        return
+    if not 0 < port < 65536:
+        raise ConfigError(f"{key}: expected a port, 1 to 65535, got {port}")
+    yield key, f"port {port}"

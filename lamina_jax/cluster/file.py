@@ -1,0 +1,93 @@
+"""Reads a cluster file; `docs/clusters.md` describes its keys. Knows nothing of models, and no jax.
+
+What stands in each other's way is refused in `claims`, what does not fit the model in `forecast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lamina_jax
+from lamina_jax.cluster.claims import check_claims
+from lamina_jax.cluster.processes import Cluster, EngineProcess, Process, WorkerProcess, join_address
+from lamina_jax.cluster.table import Table, read_file
+from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
+
+ELSEWHERE = {
+    "attention": "the engine's workers are those under [[workers]]",
+    "security": "it is a table of its own, [security]",
+    "insecure": "it stands in [security], for all processes",
+}
+"""Settings that a process gets, but from another place of the file."""
+
+
+def find_cluster_file(name: str) -> Path:
+    """The file of that path, or the one of that name that comes with the package, such as "local".
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    package = Path(lamina_jax.__file__).parent
+    # In a wheel the files lie in the package, in a checkout beside it.
+    folders = [folder / "configs" / "clusters" for folder in (package, package.parent)]
+    shipped = {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.toml"))}
+    if name not in shipped:
+        raise ConfigError(f"there is no cluster file {name!r}: give a path, or one of {', '.join(shipped)}")
+    return shipped[name]
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Read a cluster file. Relative paths in it begin at its folder.
+
+    Raises:
+        ConfigError: it names the file, the key's path, and what is wrong with it.
+    """
+    top = read_file(path)
+    top.only("hosts", "security", "engine", "workers")
+    hosts = top.part("hosts").strings()
+    workers = tuple(_worker(table, hosts) for table in top.parts("workers"))
+    if not workers:
+        raise top.error("workers", "missing: describe at least one under [[workers]]")
+    engine = _engine(top.part("engine"), hosts, workers, _security(top.part("security")))
+    cluster = Cluster(file=path, hosts=hosts, engine=engine, workers=workers)
+    check_claims(cluster)
+    return cluster
+
+
+def _worker(table: Table, hosts: dict[str, str]) -> WorkerProcess:
+    worker = table.read(WorkerProcess)
+    _check_host(table, worker, hosts)
+    if worker.memory_fraction is not None and not 0 < worker.memory_fraction <= 1:
+        raise table.error("memory_fraction", f"must be in (0, 1], got {worker.memory_fraction}")
+    return worker
+
+
+def _engine(
+    table: Table, hosts: dict[str, str], workers: Sequence[WorkerProcess], security: SecurityConfig
+) -> EngineProcess:
+    attention = ",".join(join_address(hosts[worker.host], worker.port) for worker in workers)
+    settings = table.part("settings").read(EngineConfig, ELSEWHERE, attention=attention, security=security)
+    if settings.model.startswith("."):
+        settings = replace(settings, model=str(table.file.parent / settings.model))
+    server = table.part("server").read(ServerConfig, ELSEWHERE, insecure=security.insecure)
+    engine = table.read(EngineProcess, settings=settings, server=server)
+    _check_host(table, engine, hosts)
+    return engine
+
+
+def _security(table: Table) -> SecurityConfig:
+    security = table.read(SecurityConfig)
+    paths = {key: value for key, value in vars(security).items() if isinstance(value, str)}
+    from_here: dict[str, Any] = {key: str(table.file.parent / path) for key, path in paths.items()}
+    return replace(security, **from_here)
+
+
+def _check_host(table: Table, process: Process, hosts: dict[str, str]) -> None:
+    if process.host not in hosts:
+        names = ", ".join(hosts) or "none"
+        raise table.error("host", f"{process.host!r} is no name under [hosts], which has {names}")

@@ -1,0 +1,91 @@
+"""The processes of a cluster and their settings, as plain data. No jax here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lamina_jax.config import EngineConfig, SecurityConfig, ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """What every process of a cluster has.
+
+    Args:
+        host: a name under [hosts].
+        cores: the host's cores that it is pinned to, such as "0", "0-3" or "0,2-3"; None: any.
+        environment: variables set for it, beside those that its starter has.
+    """
+
+    host: str
+    cores: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineProcess(Process):
+    """The compute side and its HTTP server: `python -m lamina_jax.serve --cluster FILE`.
+
+    Args:
+        settings: of the engine; `attention` names the file's workers, `security` is the file's.
+        server: of the HTTP server.
+    """
+
+    settings: EngineConfig
+    server: ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerProcess(Process):
+    """An attention worker: `python -m lamina_jax.attend`. None leaves a setting to its default.
+
+    Args:
+        port: where the engine finds it, on the host's address.
+        devices: that hold its share of the KV cache, such as "cpu:0-1" or "gpu:0".
+        memory_fraction: share of their memory that pages may fill.
+        data_port: of the socket exchange; it takes any free port.
+        metrics_port: of /metrics; without it there are none.
+        drain_seconds: at SIGTERM, how long its engine may take to end.
+    """
+
+    port: int
+    devices: str | None = None
+    memory_fraction: float | None = None
+    data_port: int | None = None
+    metrics_port: int | None = None
+    drain_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """One engine and its attention workers.
+
+    Args:
+        file: that it was read from.
+        hosts: address of each host by its name.
+        engine: its `settings` hold the security of all processes, too.
+        workers: in the order of their shares.
+    """
+
+    file: Path
+    hosts: dict[str, str]
+    engine: EngineProcess
+    workers: tuple[WorkerProcess, ...]
+
+    @property
+    def security(self) -> SecurityConfig:
+        return self.engine.settings.security
+
+    def roles(self) -> dict[str, EngineProcess | WorkerProcess]:
+        """Each process by its role: "engine", "worker 0", "worker 1", ..."""
+        return {"engine": self.engine, **{f"worker {i}": worker for i, worker in enumerate(self.workers)}}
+
+    def address(self, process: Process) -> str:
+        """The address of a process's host."""
+        return self.hosts[process.host]
+
+
+def join_address(host: str, port: int) -> str:
+    """ "host:port", an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
