@@ -1,16 +1,19 @@
-"""Fakes for tests: a model whose tokens can be computed by hand, run over a page pool of plain integers.
+"""Fakes for tests: a model whose tokens can be computed by hand, run over workers with pages of plain
+integers.
 
 It knows the messages of `core` and nothing of the scheduler that makes them, of devices or jax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
+from lamina_jax.pool.metadata import StepMetadata
+from lamina_jax.pool.partition import Partition, PartitionKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +44,48 @@ class FakeModel:
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
-    """What one slot of the fake pool holds."""
+    """What one slot of a fake worker holds."""
 
     owner: int
     position: int
     token: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One row as one worker sees it: its slots, and that row of what the worker is told."""
+
+    pool: dict[int, _Cached]
+    block_table: np.ndarray
+    context_len: int
+    page_index: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    kept: list[int]
+
+
 class FakeRunner:
     """A `ModelRunner` that executes step plans in the order given, and checks what it reads.
 
-    It holds the pages (slot -> token) and the last tokens of each microbatch, and it resolves
-    `feedback` from them: tokens need not have been seen by the host. AssertionErrors name the
-    request: a cached token that is not its own, feedback from another request's row, a slot out of
-    the pool.
+    It holds each worker's pages (slot -> token) and the last tokens of each microbatch, and it resolves
+    `feedback` from them: tokens need not have been seen by the host. A worker reads and keeps what
+    `Partition.split` tells it, and the shares of a row are merged by place. AssertionErrors name the
+    request: a cached token that is missing, read twice or not its own, feedback from another request's
+    row, a token that is kept by no worker or by two.
     """
 
-    def __init__(self, model: FakeModel, *, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model: FakeModel,
+        *,
+        num_pages: int,
+        page_size: int,
+        partition: PartitionKind = "heads",
+        workers: int = 1,
+    ) -> None:
         self._model = model
-        self._page_size = page_size
-        self._num_slots = num_pages * page_size
-        self._pool: dict[int, _Cached] = {}
+        self._partition = Partition(partition, workers, num_pages, page_size)
+        self._pools: list[dict[int, _Cached]] = [{} for _ in range(workers)]
         self._owners: dict[str, int] = {}
         self._num_owners = 0
         self._num_steps = 0
@@ -82,30 +106,65 @@ class FakeRunner:
 
     def _run_microbatch(self, plan: MicrobatchPlan) -> np.ndarray:
         chosen = np.full(plan.bucket[0], -1, np.int32)
+        shares = self._shares(plan)
         for row, request_id in enumerate(plan.request_ids):
+            if not request_id:
+                continue
             if plan.kind == "prefill" and not plan.context_lens[row]:
                 self._num_owners += 1
                 self._owners[request_id] = self._num_owners
-            cached = self._read(plan, row)
+            cached = self._cached_tokens(request_id, int(plan.context_lens[row]), shares[row])
             new = self._new_tokens(plan, row)
-            self._append(plan, row, new)
+            self._append(request_id, new, shares[row])
             chosen[row] = self._model.next_token(cached + new)
+        for row in set(range(len(shares))) - _live_rows(plan):
+            assert not any(share.kept for share in shares[row]), f"padding row {row} is kept"
         self._last[plan.microbatch] = plan.request_ids, chosen
         return chosen
 
-    def _read(self, plan: MicrobatchPlan, row: int) -> list[int]:
-        """The cached tokens of a row through its block table, each checked to be the request's own."""
-        request_id = plan.request_ids[row]
-        tokens = []
-        for position in range(int(plan.context_lens[row])):
-            place, offset = divmod(position, self._page_size)
-            slot = int(plan.block_tables[row, place]) * self._page_size + offset
-            found = self._pool.get(slot)
-            message = f"request {request_id!r}: slot {slot} holds {found}, not its position {position}"
-            assert found, message
-            assert (found.owner, found.position) == (self._owners[request_id], position), message
-            tokens.append(found.token)
-        return tokens
+    def _shares(self, plan: MicrobatchPlan) -> list[list[_Share]]:
+        """For each row, the workers that take part in it."""
+        by_worker = [
+            self._rows_of(told, pool)
+            for told, pool in zip(self._partition.split(plan), self._pools, strict=True)
+            if told is not None
+        ]
+        if self._partition.kind == "requests":
+            return [[row] for rows in by_worker for row in rows]
+        return [list(row) for row in zip(*by_worker, strict=True)]
+
+    def _rows_of(self, told: StepMetadata, pool: dict[int, _Cached]) -> list[_Share]:
+        """What a worker is told, row by row."""
+        _, width = told.slots.shape
+        kept: list[list[int]] = [[] for _ in told.slots]
+        for token in self._partition.kept(told.slots).tolist():
+            kept[token // width].append(token % width)
+        rows = zip(told.block_tables, told.context_lens.tolist(), *told[2:], kept, strict=True)
+        return [_Share(pool, *row) for row in rows]
+
+    def _cached_tokens(self, request_id: str, length: int, shares: Sequence[_Share]) -> list[int]:
+        """A row's cached tokens, merged by place, each checked to be the request's own."""
+        merged: dict[int, int] = {}
+        for share in shares:
+            assert share.context_len == length
+            assert (np.diff(share.page_index) > 0).all(), f"page_index {share.page_index} does not increase"
+            for slot, position in self._slots_read(share):
+                found = share.pool.get(slot)
+                message = f"request {request_id!r}: slot {slot} holds {found}, not its position {position}"
+                assert found, message
+                assert (found.owner, found.position) == (self._owners[request_id], position), message
+                assert position not in merged, f"request {request_id!r}: position {position} is read twice"
+                merged[position] = found.token
+        missing = set(range(length)) - set(merged)
+        assert not missing, f"request {request_id!r}: no worker reads positions {sorted(missing)}"
+        return [merged[position] for position in range(length)]
+
+    def _slots_read(self, share: _Share) -> Iterator[tuple[int, int]]:
+        """(slot, position) of each cached token that a worker's pages of a row should hold."""
+        size = self._partition.page_size
+        for page, place in zip(share.block_table.tolist(), share.page_index.tolist(), strict=True):
+            for offset in range(min(size, share.context_len - place * size)):
+                yield page * size + offset, place * size + offset
 
     def _new_tokens(self, plan: MicrobatchPlan, row: int) -> list[int]:
         """The row's new tokens, from the plan or from this microbatch's previous step."""
@@ -119,11 +178,16 @@ class FakeRunner:
         )
         return [int(chosen[source])]
 
-    def _append(self, plan: MicrobatchPlan, row: int, tokens: Sequence[int]) -> None:
-        owner = self._owners[plan.request_ids[row]]
-        for i, token in enumerate(tokens):
-            slot = int(plan.slots[row, i])
-            assert 0 <= slot < self._num_slots, (
-                f"request {plan.request_ids[row]!r}: slot {slot} is not in the pool of {self._num_slots}"
-            )
-            self._pool[slot] = _Cached(owner, int(plan.positions[row, i]), token)
+    def _append(self, request_id: str, tokens: Sequence[int], shares: Sequence[_Share]) -> None:
+        kept = sorted(i for share in shares for i in share.kept)
+        assert kept == list(range(len(tokens))), (
+            f"request {request_id!r}: of {len(tokens)} new tokens, numbers {kept} are kept"
+        )
+        for share in shares:
+            for i in share.kept:
+                position = int(share.positions[i])
+                share.pool[int(share.slots[i])] = _Cached(self._owners[request_id], position, tokens[i])
+
+
+def _live_rows(plan: MicrobatchPlan) -> set[int]:
+    return {row for row, request_id in enumerate(plan.request_ids) if request_id}

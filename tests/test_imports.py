@@ -29,6 +29,7 @@ def modules_after(*imports: str) -> set[str]:
         "lamina_jax.engine.pages",
         "lamina_jax.engine.scheduler",
         "lamina_jax.engine.pipeline",
+        "lamina_jax.pool.partition",
         "lamina_jax.testing",
     ],
 )

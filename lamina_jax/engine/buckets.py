@@ -13,9 +13,12 @@ SMALLEST_BATCH = 4
 SHORT_PROMPT = 64
 
 
-def decode_buckets(rows: int) -> tuple[int, ...]:
-    """Row counts of a decode microbatch of at most `rows` requests: powers of two from 4 up."""
-    buckets = [SMALLEST_BATCH]
+def decode_buckets(rows: int, segments: int = 1) -> tuple[int, ...]:
+    """Row counts of a decode microbatch of at most `rows` requests: powers of two times `segments`, from 4
+    up."""
+    buckets = [segments]
+    while buckets[0] < SMALLEST_BATCH:
+        buckets[0] *= 2
     while buckets[-1] < rows:
         buckets.append(2 * buckets[-1])
     return tuple(buckets)

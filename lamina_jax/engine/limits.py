@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.engine.buckets import decode_buckets, prefill_buckets
 from lamina_jax.engine.scheduler_config import SchedulerConfig
+from lamina_jax.pool.partition import PartitionKind
 
 DEFAULT_PREFILL_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Lengths and batch shapes of an engine; see `EngineConfig` for the names."""
+    """Lengths and batch shapes of an engine; see `EngineConfig` for the names, and `SchedulerConfig` for
+    `workers`."""
 
     max_model_len: int
     max_num_seqs: int
@@ -21,6 +23,8 @@ class Limits:
     microbatches: int
     overlap: bool
     page_size: int
+    partition: PartitionKind = "heads"
+    workers: int = 1
 
     @property
     def rows(self) -> int:
@@ -30,7 +34,8 @@ class Limits:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        return decode_buckets(-(-self.max_num_seqs // self.microbatches))
+        segments = self.workers if self.partition == "requests" else 1
+        return decode_buckets(-(-self.max_num_seqs // self.microbatches), segments)
 
     @property
     def prefill_buckets(self) -> tuple[tuple[int, int], ...]:
@@ -42,7 +47,7 @@ class Limits:
         return -(-self.max_model_len // self.page_size)
 
     def scheduler(self, num_pages: int, vocab_size: int) -> SchedulerConfig:
-        """The scheduler's view of them, with a pool of `num_pages`."""
+        """The scheduler's view of them, with a pool of `num_pages` (of each worker)."""
         return SchedulerConfig(
             vocab_size=vocab_size,
             num_pages=num_pages,
@@ -52,14 +57,21 @@ class Limits:
             microbatches=self.microbatches,
             decode_buckets=self.decode_buckets,
             prefill_buckets=self.prefill_buckets,
+            partition=self.partition,
+            workers=self.workers,
         )
 
 
-def resolve_limits(config: EngineConfig, max_position: int, *, share_silicon: bool) -> Limits:
+def resolve_limits(
+    config: EngineConfig, max_position: int, *, share_silicon: bool, workers: int = 1
+) -> Limits:
     """Fill in what was left to be chosen.
 
     Where both meshes share silicon nothing is hidden behind anything: one microbatch, since two read
     the weights twice.
+
+    Args:
+        workers: attention workers that share the cache.
 
     Raises:
         ConfigError: a length beyond the model's own.
@@ -81,4 +93,6 @@ def resolve_limits(config: EngineConfig, max_position: int, *, share_silicon: bo
         microbatches=chosen if config.microbatches == "auto" else config.microbatches,
         overlap=config.overlap == "on" or (config.overlap == "auto" and not share_silicon),
         page_size=config.page_size,
+        partition=config.partition,
+        workers=1 if config.partition == "heads" else workers,
     )

@@ -5,7 +5,8 @@ It owns page numbers and their leases. It knows nothing of requests, tokens, dev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 
 class PageError(RuntimeError):
@@ -15,16 +16,21 @@ class PageError(RuntimeError):
 class PagePool:
     """`num_pages` pages of `page_size` tokens each. Free and used pages always add up to `num_pages`.
 
+    Each of `workers` has an equal share: pages 0 .. share - 1 are worker 0's, and so on.
+
     A step in flight may still read and write the pages that it names. So pages are given back with
     the number of the last step that names them, and stay used until that step is complete.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, workers: int = 1) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages={num_pages} and page_size={page_size} must both be at least 1")
+        if workers < 1 or num_pages % workers:
+            raise ValueError(f"num_pages={num_pages} are not equal shares of workers={workers}")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._share = share = num_pages // workers
+        self._free = [list(range((w + 1) * share - 1, w * share - 1, -1)) for w in range(workers)]
         self._held = bytearray(num_pages)
         self._leaving: dict[int, list[int]] = {}
         self._completed = -1
@@ -32,24 +38,31 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be allocated now."""
-        return len(self._free)
+        return sum(self.free_by_worker)
+
+    @property
+    def free_by_worker(self) -> list[int]:
+        """How many of them each worker has."""
+        return [len(free) for free in self._free]
 
     @property
     def num_used(self) -> int:
         """Pages that are held, or given back while a step that names them is in flight."""
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
 
     def pages_for(self, tokens: int) -> int:
         """How many pages hold `tokens` tokens."""
         return -(-tokens // self.page_size)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages. PageError if there are fewer."""
-        if not 0 <= count <= len(self._free):
-            raise PageError(f"{count} pages asked for, {len(self._free)} of {self.num_pages} are free")
-        split = len(self._free) - count
-        pages = self._free[split:]
-        del self._free[split:]
+    def allocate(self, owners: Sequence[int]) -> list[int]:
+        """Take a free page of each worker named, in that order. PageError if one has too few."""
+        for worker, count in Counter(owners).items():
+            if count > len(self._free[worker]):
+                raise PageError(
+                    f"{count} pages asked for, {len(self._free[worker])} of {self._share} are free"
+                    f" on worker {worker}"
+                )
+        pages = [self._free[worker].pop() for worker in owners]
         for page in pages:
             self._held[page] = True
         return pages
@@ -62,7 +75,7 @@ class PagePool:
                 raise PageError(f"page {page} is given back but not held (num_pages={self.num_pages})")
             self._held[page] = False
         if after_step <= self._completed:
-            self._free += pages
+            self._release(pages)
         else:
             self._leaving.setdefault(after_step, []).extend(pages)
 
@@ -70,4 +83,8 @@ class PagePool:
         """Every step up to `step` is complete: free the pages that waited for one of them."""
         self._completed = max(self._completed, step)
         for waited in [s for s in self._leaving if s <= step]:
-            self._free += self._leaving.pop(waited)
+            self._release(self._leaving.pop(waited))
+
+    def _release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._free[page // self._share].append(page)

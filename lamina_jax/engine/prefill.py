@@ -49,7 +49,10 @@ def _costs(config: SchedulerConfig) -> Sequence[float]:
 def plan_prefill(
     step: int, requests: Sequence[LiveRequest], bucket: tuple[int, int], config: SchedulerConfig
 ) -> MicrobatchPlan:
-    """The next chunk of each of `requests`, one a row, in a microbatch of `bucket` = (B, Q)."""
+    """The next chunk of each of `requests`, one a row, in a microbatch of `bucket` = (B, Q).
+
+    By request, all of them are on one worker.
+    """
     rows, width = bucket
     tokens = np.zeros((rows, width), np.int32)
     positions = np.zeros((rows, width), np.int32)
@@ -91,6 +94,7 @@ def plan_prefill(
         samples=samples,
         sampling=_sampling(requests, samples, config),
         prompt_targets=targets.reshape(-1) if (targets >= 0).any() else None,
+        worker=requests[0].worker if config.partition == "requests" else None,
     )
     for row, request in enumerate(requests):
         request.prefilled = min(request.prefilled + width, len(request.request.prompt_token_ids))

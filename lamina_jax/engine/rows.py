@@ -28,6 +28,7 @@ class LiveRequest:
         to_read: tokens that may still be read; steps in flight make it larger than `to_plan`.
         pages: its pages in order of position.
         generated: the tokens that were read so far.
+        worker: the one that its first page is on.
         last_step: the last step that names it.
         ended: it is finished or aborted: what steps in flight still bring for it is dropped.
     """
@@ -40,6 +41,7 @@ class LiveRequest:
     prefilled: int = 0
     pages: list[int] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+    worker: int = 0
     last_step: int = -1
     ended: bool = False
 
@@ -58,110 +60,147 @@ class LiveRequest:
         return SampledRow(request=self.request, index=self.planned, generated=known)
 
 
-class DecodeRows:
-    """The rows of one decode microbatch: `requests[b]` is row b, one new token per row and step.
+Rows = tuple[LiveRequest | None, ...]
+"""The request of each row of a microbatch; None: padding between live rows."""
 
-    The arrays are kept from step to step and copied into each plan. Beyond the live rows they hold
-    what a padding row holds, so a plan is a copy of the first rows of each.
+PlannedMicrobatch = tuple[MicrobatchPlan, Rows]
+
+
+class DecodeRows:
+    """The rows of one decode microbatch, one new token per row and step.
+
+    The rows are `config.segments` equal parts; a request is in that of its worker. The arrays are kept
+    from step to step, [segments, rows of each, ...], and copied into each plan. Beyond the live rows of a
+    segment they hold what a padding row holds, so a plan is a copy of the first rows of each segment.
     """
 
     def __init__(self, microbatch: int, config: SchedulerConfig) -> None:
-        rows = config.decode_buckets[-1]
-        self.requests: list[LiveRequest] = []
+        self._segments: list[list[LiveRequest]] = [[] for _ in range(config.segments)]
         self._microbatch = microbatch
         self._config = config
         self._step, self._plain = -1, True
-        self._block_tables = np.zeros((rows, config.table_width), np.int32)
-        self._context_lens = np.zeros(rows, np.int32)
-        self._tokens = np.zeros(rows, np.int32)
-        self._feedback = np.full(rows, -1, np.int32)
+        rows = config.decode_buckets[-1]
+        shape = config.segments, rows // config.segments
+        self._block_tables = np.zeros((*shape, config.table_width), np.int32)
+        self._context_lens = np.zeros(shape, np.int32)
+        self._tokens = np.zeros(shape, np.int32)
+        self._feedback = np.full(shape, -1, np.int32)
         self._rows = _read_only(np.arange(rows, dtype=np.int32))
         self._page_index = _read_only(page_places(rows, config))
 
+    def load(self, worker: int) -> tuple[int, int]:
+        """Live rows beside which a request of `worker` would be: in its segment, and in all of them."""
+        return len(self._segments[worker % len(self._segments)]), sum(map(len, self._segments))
+
     def join(self, request: LiveRequest, token: int) -> None:
         """Add a row for a request whose prompt is cached and whose next token is known to the host."""
-        row = len(self.requests)
-        self.requests.append(request)
-        self._block_tables[row, : len(request.pages)] = request.pages
+        segment = request.worker % len(self._segments)
+        row = segment, len(self._segments[segment])
+        self._segments[segment].append(request)
+        self._block_tables[row][: len(request.pages)] = request.pages
         self._context_lens[row] = len(request.request.prompt_token_ids)
         self._tokens[row] = token
         self._plain = self._plain and request.request.sampling.plain
 
     def pack(self) -> None:
-        """Drop the rows that need no further step; the others move up and keep their order."""
-        keep = [row for row, request in enumerate(self.requests) if request.to_plan and not request.ended]
-        live, before = len(keep), len(self.requests)
-        if live == before:
+        """Drop the rows that need no further step; those behind them in a segment move up in order."""
+        dropped = [self._pack(segment) for segment in range(len(self._segments))]
+        if any(dropped):
+            self._plain = all(
+                request.request.sampling.plain for requests in self._segments for request in requests
+            )
+
+    def plan(self, step: int) -> PlannedMicrobatch | None:
+        """The next token of every row, or None if there are no rows. Shapes are those of a bucket."""
+        self.pack()
+        live = [len(requests) for requests in self._segments]
+        if not any(live):
+            return None
+        segments = len(live)
+        rows = next(bucket for bucket in self._config.decode_buckets if bucket >= segments * max(live))
+        size = rows // segments
+        requests = self._by_row(size)
+        samples = self._rows[:size] < np.array(live)[:, None]
+        context_lens = self._context_lens[:, :size]
+        plan = MicrobatchPlan(
+            microbatch=self._microbatch,
+            kind="decode",
+            request_ids=tuple([request.request.request_id if request else "" for request in requests]),
+            tokens=self._tokens[:, :size].reshape(rows, 1).copy(),
+            feedback=self._feedback[:, :size].flatten(),
+            positions=context_lens.reshape(rows, 1).copy(),
+            context_lens=context_lens.flatten(),
+            block_tables=self._block_tables[:, :size].reshape(rows, -1).copy(),
+            page_index=self._page_index[:rows],
+            slots=self._slots(samples),
+            logits_at=self._rows[:rows],
+            cached=True,
+            samples=samples.flatten(),
+            sampling=None if self._plain else self._sampling(requests, rows),
+        )
+        context_lens += samples
+        self._tokens[:, :size] = 0
+        self._feedback[:, :size] = np.where(samples, self._rows[:rows].reshape(segments, size), -1)
+        self._step = step
+        for request in requests:
+            if request:
+                request.name_in(step)
+        return plan, requests
+
+    def read(self, step: int, tokens: np.ndarray) -> None:
+        """The tokens int32[B] that `step` chose are known: rows not planned since take them from the host."""
+        if step != self._step:
             return
+        unread = self._feedback >= 0
+        self._tokens[unread] = tokens[self._feedback[unread]]
+        self._feedback[unread] = -1
+
+    def _pack(self, segment: int) -> bool:
+        """Whether a row was dropped."""
+        requests = self._segments[segment]
+        keep = [row for row, request in enumerate(requests) if request.to_plan and not request.ended]
+        live, before = len(keep), len(requests)
+        if live == before:
+            return False
         for array, padding in (
             (self._block_tables, 0),
             (self._context_lens, 0),
             (self._tokens, 0),
             (self._feedback, -1),
         ):
-            array[:live] = array[keep]
-            array[live:before] = padding
-        self.requests = [self.requests[row] for row in keep]
-        self._plain = all(request.request.sampling.plain for request in self.requests)
+            array[segment, :live] = array[segment, keep]
+            array[segment, live:before] = padding
+        self._segments[segment] = [requests[row] for row in keep]
+        return True
 
-    def plan(self, step: int) -> MicrobatchPlan | None:
-        """The next token of every row, or None if there are no rows. Shapes are those of a bucket."""
-        self.pack()
-        live = len(self.requests)
-        if not live:
-            return None
-        rows = next(bucket for bucket in self._config.decode_buckets if bucket >= live)
-        plan = MicrobatchPlan(
-            microbatch=self._microbatch,
-            kind="decode",
-            request_ids=tuple([request.request.request_id for request in self.requests]),
-            tokens=self._tokens[:rows, None].copy(),
-            feedback=self._feedback[:rows].copy(),
-            positions=self._context_lens[:rows, None].copy(),
-            context_lens=self._context_lens[:rows].copy(),
-            block_tables=self._block_tables[:rows].copy(),
-            page_index=self._page_index[:rows],
-            slots=self._slots(live, rows),
-            logits_at=self._rows[:rows],
-            cached=True,
-            samples=self._rows[:rows] < live,
-            sampling=None if self._plain else self._sampling(rows),
-        )
-        self._context_lens[:live] += 1
-        self._tokens[:live] = 0
-        self._feedback[:live] = self._rows[:live]
-        self._step = step
-        for request in self.requests:
-            request.name_in(step)
-        return plan
+    def _by_row(self, size: int) -> Rows:
+        """The request of every row, where segments have `size` rows; None between, nothing behind them."""
+        rows: list[LiveRequest | None] = []
+        for segment, requests in enumerate(self._segments):
+            if requests:
+                rows += [None] * (segment * size - len(rows))
+                rows += requests
+        return tuple(rows)
 
-    def read(self, step: int, tokens: np.ndarray) -> None:
-        """The tokens int32[B] that `step` chose are known: rows not planned since take them from the host."""
-        if step != self._step:
-            return
-        feedback = self._feedback[: len(self.requests)]
-        unread = feedback >= 0
-        self._tokens[: len(feedback)][unread] = tokens[feedback[unread]]
-        feedback[unread] = -1
-
-    def _sampling(self, rows: int) -> SamplingRows | None:
+    def _sampling(self, requests: Rows, rows: int) -> SamplingRows | None:
         return sampling_rows(
-            [request.sampled_row() for request in self.requests],
+            [request.sampled_row() if request else None for request in requests],
             rows,
             vocab_size=self._config.vocab_size,
             history=self._config.max_model_len,
         )
 
-    def _slots(self, live: int, rows: int) -> np.ndarray:
-        """int32[B, 1]: where each row's new token is kept."""
-        slots = np.full((rows, 1), self._config.padding_slot, np.int32)
-        place, offset = np.divmod(self._context_lens[:live], self._config.page_size)
-        slots[:live, 0] = self._block_tables[self._rows[:live], place] * self._config.page_size + offset
-        return slots
+    def _slots(self, live: np.ndarray) -> np.ndarray:
+        """int32[B, 1]: where each row's new token is kept; `live` is bool[segments, rows of each]."""
+        size = live.shape[1]
+        place, offset = np.divmod(self._context_lens[:, :size], self._config.page_size)
+        pages = np.take_along_axis(self._block_tables[:, :size], place[..., None], axis=-1)[..., 0]
+        slots = np.where(live, pages * self._config.page_size + offset, self._config.padding_slot)
+        return slots.astype(np.int32).reshape(-1, 1)
 
 
 def page_places(rows: int, config: SchedulerConfig) -> np.ndarray:
-    """int32[rows, M]: 0, 1, 2, ... in every row: one worker holds all pages of a request."""
+    """int32[rows, M]: 0, 1, 2, ... in every row: the scheduler lists all pages of a request."""
     return np.tile(np.arange(config.table_width, dtype=np.int32), (rows, 1))
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lamina_jax.core import MAX_LOGIT_BIAS, LogitEdits, Request, SamplingRows
+from lamina_jax.core import MAX_LOGIT_BIAS, LogitEdits, Request, SamplingParams, SamplingRows
 
 MAX_BIASED = MAX_LOGIT_BIAS + 20
 """Most token ids of a row that are biased or banned."""
@@ -49,13 +49,17 @@ class SampledRow:
         return sampling.penalised or bool(sampling.logit_bias) or bool(self.banned)
 
 
+# Padding between live rows: greedy, and nothing else wanted of it.
+_PADDING = SampledRow(Request(request_id="", prompt_token_ids=(), sampling=SamplingParams(temperature=0)), 0)
+
+
 def sampling_rows(
-    rows: Sequence[SampledRow], size: int, *, vocab_size: int, history: int
+    rows: Sequence[SampledRow | None], size: int, *, vocab_size: int, history: int
 ) -> SamplingRows | None:
     """The arrays that the sampler reads for a microbatch.
 
     Args:
-        rows: the live rows, row 0 first.
+        rows: the live rows, row 0 first; None for a padding row between them.
         size: B, padding included.
         vocab_size: V.
         history: most tokens that a request can have; U is the smallest of `history_sizes` that does.
@@ -63,8 +67,9 @@ def sampling_rows(
     Returns:
         None where every row takes its best token and is told nothing else.
     """
-    params = [row.request.sampling for row in rows]
-    edits = _edits(rows, size, vocab_size, history) if any(row.edited for row in rows) else None
+    sampled = [row or _PADDING for row in rows]
+    params = [row.request.sampling for row in sampled]
+    edits = _edits(sampled, size, vocab_size, history) if any(row.edited for row in sampled) else None
     told = any(p.logprobs is not None for p in params)
     if edits is None and not told and all(p.greedy for p in params):
         return None
@@ -75,7 +80,7 @@ def sampling_rows(
         top_p=_column([p.top_p for p in params], size, 1, np.float32),
         min_p=_column([p.min_p for p in params], size, 0, np.float32),
         uniform=_column(
-            [uniform(r.request.seed, r.request.choice, r.index) for r in rows], size, 0, np.float32
+            [uniform(r.request.seed, r.request.choice, r.index) for r in sampled], size, 0, np.float32
         ),
         edits=edits,
         logprobs=told,

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina_jax.core import FinishReason, MicrobatchPlan, Request, StepPlan, TokenEvent
+from lamina_jax.core import FinishReason, Request, StepPlan, TokenEvent
+from lamina_jax.engine.admission import Room, owners
 from lamina_jax.engine.pages import PagePool
 from lamina_jax.engine.prefill import choose_bucket, plan_prefill
-from lamina_jax.engine.rows import DecodeRows, LiveRequest
+from lamina_jax.engine.rows import DecodeRows, LiveRequest, PlannedMicrobatch, Rows
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 __all__ = ["Scheduler", "SchedulerConfig"]
@@ -32,15 +33,15 @@ class _StepInFlight:
     """A plan handed out, and the requests behind its rows. Ids do not do: one may be in use again."""
 
     plan: StepPlan
-    requests: tuple[tuple[LiveRequest, ...], ...]
+    requests: tuple[Rows, ...]
 
 
 class Scheduler:
     """Continuous batching in first-come, first-served order.
 
     A request waits, is prefilled in chunks, and decodes in one microbatch until it ends. It is
-    admitted when there are pages for all tokens that it can ever cache, so it never has to be put
-    off later. `abort` is allowed at any moment. Not safe for use by several threads.
+    admitted when a worker has a seat, and pages for all tokens that it can ever cache, so it never has to
+    be put off later. `abort` is allowed at any moment. Not safe for use by several threads.
 
     Attributes:
         config: its limits.
@@ -49,13 +50,14 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pages = PagePool(config.num_pages, config.page_size)
+        self.pages = PagePool(config.total_pages, config.page_size, config.workers)
         self._requests: dict[str, LiveRequest] = {}
         self._waiting: OrderedDict[str, LiveRequest] = OrderedDict()
         self._prefilling: list[LiveRequest] = []
         self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step = 0
+        self._running = [0] * config.segments
 
     @property
     def num_waiting(self) -> int:
@@ -65,7 +67,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that were admitted and have not ended: at most `max_num_seqs`."""
-        return len(self._requests) - len(self._waiting)
+        return sum(self._running)
 
     @property
     def has_work(self) -> bool:
@@ -77,16 +79,19 @@ class Scheduler:
 
         Raises:
             ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1,
-                or the request needs more pages than the pool has.
+                or the request needs more pages than it can ever have.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
         prompt_len, max_tokens = len(request.prompt_token_ids), self._max_tokens(request)
         num_pages = self._pages_to_reserve(prompt_len, max_tokens)
-        if num_pages > self.config.num_pages:
+        if num_pages > self.config.most_pages:
+            holder = {"heads": "the pool has", "requests": "each worker has"}.get(
+                self.config.partition, f"each of {self.config.workers} workers has"
+            )
             raise ValueError(
                 f"request {request.request_id!r}: {prompt_len} prompt tokens and {max_tokens} new ones need "
-                f"{num_pages} pages, the pool has num_pages={self.config.num_pages} (page_size="
+                f"{num_pages} pages, {holder} num_pages={self.config.num_pages} (page_size="
                 f"{self.config.page_size}): lower max_tokens, shorten the prompt or raise num_pages"
             )
         live = LiveRequest(request, num_pages, to_plan=max_tokens, to_read=max_tokens)
@@ -111,7 +116,7 @@ class Scheduler:
         if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT:
             return None
         step = self._next_step
-        planned = [(decode, tuple(rows.requests)) for rows in self._decode if (decode := rows.plan(step))]
+        planned = [decode for rows in self._decode if (decode := rows.plan(step))]
         if prefill := self._prefill(step, decoding=bool(planned)):
             planned.append(prefill)
         if not planned:
@@ -152,7 +157,7 @@ class Scheduler:
             new = [
                 (row, request, int(row_tokens[row]))
                 for row, request in enumerate(rows)
-                if microbatch.samples[row]
+                if request and microbatch.samples[row]
             ]
             events += self._read(index, new)
             if microbatch.kind == "decode":
@@ -163,10 +168,25 @@ class Scheduler:
                 events += [
                     _of_prompt(index, row, request)
                     for row, request in enumerate(rows)
-                    if not (microbatch.samples[row] or request.ended)
+                    if request and not (microbatch.samples[row] or request.ended)
                 ]
         self._start_decoding(prefilled)
         return events
+
+    def drop_running(self) -> list[str]:
+        """End every request that was admitted, and forget the steps in flight: their cache is lost.
+
+        All pages are free afterwards. Requests that wait keep their places.
+
+        Returns:
+            The ids of those that were ended; no `TokenEvent` follows for them.
+        """
+        dropped = [request_id for request_id in self._requests if request_id not in self._waiting]
+        for request_id in dropped:
+            self._end(self._requests[request_id])
+        self._in_flight.clear()
+        self.pages.complete(self._next_step)
+        return dropped
 
     def check_idle(self) -> None:
         """With nothing held, every page is free; a RuntimeError says how many are lost."""
@@ -196,34 +216,51 @@ class Scheduler:
         """
         return self.pages.pages_for(prompt_len + max_tokens - 1)
 
-    def _prefill(self, step: int, *, decoding: bool) -> tuple[MicrobatchPlan, tuple[LiveRequest, ...]] | None:
-        """The next chunks, of requests admitted before and, behind them, of those admitted now."""
-        candidates = self._prefilling + self._admissible()
+    def _prefill(self, step: int, *, decoding: bool) -> PlannedMicrobatch | None:
+        """The next chunks, of requests admitted before and, behind them, of those admitted now.
+
+        Only requests of one worker share rows: by request, those of the first one's. Whoever is passed
+        by for that is admitted all the same, so that nobody is overtaken in the queue.
+        """
+        admitted = self._admissible()
+        candidates = self._prefilling + admitted
         if not candidates:
             return None
-        lengths = [len(request.request.prompt_token_ids) - request.prefilled for request in candidates]
+        segments = self.config.segments
+        together = [r for r in candidates if (r.worker - candidates[0].worker) % segments == 0]
+        lengths = [len(request.request.prompt_token_ids) - request.prefilled for request in together]
         bucket = choose_bucket(self.config, lengths, decoding=decoding)
-        chosen = tuple(candidates[: bucket[0]])
-        for request in chosen[len(self._prefilling) :]:
-            del self._waiting[request.request.request_id]
-            request.pages = self.pages.allocate(request.num_pages)
+        chosen = tuple(together[: bucket[0]])
+        while admitted and admitted[-1] not in chosen:
+            admitted.pop()
+        self._admit(admitted)
         plan = plan_prefill(step, chosen, bucket, self.config)
-        goes_on = [request for row, request in enumerate(chosen) if not plan.samples[row]]
-        self._prefilling = goes_on + self._prefilling[len(chosen) :]
+        ready = {request for row, request in enumerate(chosen) if plan.samples[row]}
+        self._prefilling = [request for request in self._prefilling + admitted if request not in ready]
         return plan, chosen
 
     def _admissible(self) -> list[LiveRequest]:
         """The requests from the head of the queue on that have seats and pages. Nobody overtakes."""
-        seats = self.config.max_num_seqs - self.num_running
-        most = min(seats, max(rows for rows, _ in self.config.prefill_buckets))
-        free = self.pages.num_free
+        config = self.config
+        room = Room(config, self.pages.free_by_worker, [config.seats - count for count in self._running])
+        most = config.segments * max(rows for rows, _ in config.prefill_buckets)
+        most = min(most, config.max_num_seqs - self.num_running)
         admissible: list[LiveRequest] = []
         for request in self._waiting.values():
-            free -= request.num_pages
-            if free < 0 or len(admissible) == most:
+            if len(admissible) == most or (worker := room.place(request.num_pages)) is None:
                 break
+            request.worker = worker
             admissible.append(request)
         return admissible
+
+    def _admit(self, requests: Sequence[LiveRequest]) -> None:
+        """Give requests that wait their pages and seats, on the workers that were chosen for them."""
+        for request in requests:
+            del self._waiting[request.request.request_id]
+            self._running[request.worker % self.config.segments] += 1
+            request.pages = self.pages.allocate(
+                owners(request.worker, request.num_pages, self.config).tolist()
+            )
 
     def _read(self, microbatch: int, new: Sequence[tuple[int, LiveRequest, int]]) -> list[TokenEvent]:
         """What the new token of each (row, request) means; requests that end give their pages back."""
@@ -258,13 +295,15 @@ class Scheduler:
             rows.pack()
         for request, token in prefilled:
             if not request.ended:
-                min(self._decode, key=lambda rows: len(rows.requests)).join(request, token)
+                worker = request.worker
+                min(self._decode, key=lambda rows: rows.load(worker)).join(request, token)
 
     def _end(self, request: LiveRequest) -> None:
         """The request gets no more tokens. Its pages follow the last step that names it."""
         request.ended = True
         del self._requests[request.request.request_id]
-        self._waiting.pop(request.request.request_id, None)
+        if self._waiting.pop(request.request.request_id, None) is None:
+            self._running[request.worker % self.config.segments] -= 1
         self._prefilling = [other for other in self._prefilling if other is not request]
         self.pages.free(request.pages, after_step=request.last_step)
 

@@ -6,8 +6,20 @@ It owns the static shapes of a step. It knows nothing of requests, devices or ja
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from lamina_jax.config import ConfigError
+from lamina_jax.pool.partition import PartitionKind
+
+_POSITIVE = (
+    "vocab_size",
+    "num_pages",
+    "page_size",
+    "max_model_len",
+    "max_num_seqs",
+    "microbatches",
+    "workers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +28,7 @@ class SchedulerConfig:
 
     Args:
         vocab_size: V.
-        num_pages: P, pages of the KV pool.
+        num_pages: P, pages of the KV pool; of each worker, where the cache is partitioned.
         page_size: p, tokens per page.
         max_model_len: longest prompt + continuation in tokens.
         max_num_seqs: requests that hold pages at once.
@@ -26,6 +38,8 @@ class SchedulerConfig:
             prompts.
         prefill_seconds: how long a microbatch of each of them takes; None: not measured.
         prefill_stall: how long requests that decode may wait for one, in seconds.
+        partition: how the attention workers share the cache.
+        workers: W, the workers that page ids tell apart: 1 by head, where all of them have the same pages.
     """
 
     vocab_size: int
@@ -38,14 +52,24 @@ class SchedulerConfig:
     prefill_buckets: tuple[tuple[int, int], ...]
     prefill_seconds: tuple[float, ...] | None = None
     prefill_stall: float = float("inf")
+    partition: PartitionKind = "heads"
+    workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_pages", "page_size", "max_model_len", "max_num_seqs", "microbatches"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.partition not in get_args(PartitionKind):
+            raise ConfigError(f"partition must be one of {get_args(PartitionKind)}, got {self.partition!r}")
+        if self.partition == "heads" and self.workers != 1:
+            raise ConfigError(
+                f"workers={self.workers}: by head all workers have the same pages, so that the scheduler "
+                "sees one; give workers=1, or partition=requests or tokens"
+            )
         if self.padding_slot >= 2**31:
             raise ConfigError(
-                f"num_pages={self.num_pages} * page_size={self.page_size} does not fit int32: lower num_pages"
+                f"workers={self.workers} * num_pages={self.num_pages} * page_size={self.page_size} does not "
+                "fit int32: lower num_pages"
             )
         self._check_buckets()
 
@@ -58,13 +82,38 @@ class SchedulerConfig:
                 f"decode_buckets={self.decode_buckets} have no room for {self.rows_per_microbatch} rows "
                 f"(max_num_seqs={self.max_num_seqs}, microbatches={self.microbatches}): add a larger one"
             )
+        if any(rows % self.segments for rows in self.decode_buckets):
+            raise ConfigError(
+                f"decode_buckets={self.decode_buckets} must be multiples of workers={self.workers}: by "
+                "request each has an equal share of the rows"
+            )
         if not self.prefill_buckets or min(min(bucket) for bucket in self.prefill_buckets) < 1:
             raise ConfigError(f"prefill_buckets must be pairs of positive (B, Q), got {self.prefill_buckets}")
 
     @property
+    def total_pages(self) -> int:
+        """Pages of all workers."""
+        return self.workers * self.num_pages
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the largest request that can ever be held."""
+        return self.total_pages if self.partition == "tokens" else self.num_pages
+
+    @property
+    def segments(self) -> int:
+        """Equal parts of a decode microbatch's rows: by request, one for each worker."""
+        return self.workers if self.partition == "requests" else 1
+
+    @property
+    def seats(self) -> int:
+        """Requests that each segment's worker takes at once: ceil(max_num_seqs / segments)."""
+        return -(-self.max_num_seqs // self.segments)
+
+    @property
     def rows_per_microbatch(self) -> int:
-        """Most live rows of one decode microbatch: ceil(max_num_seqs / n)."""
-        return -(-self.max_num_seqs // self.microbatches)
+        """Most live rows of one decode microbatch: ceil(seats / n) of each segment."""
+        return self.segments * -(-self.seats // self.microbatches)
 
     @property
     def table_width(self) -> int:
@@ -73,5 +122,5 @@ class SchedulerConfig:
 
     @property
     def padding_slot(self) -> int:
-        """The slot of a token that is not kept: one past the pool, so that its write is dropped."""
-        return self.num_pages * self.page_size
+        """The slot of a token that is not kept: one past all pages, so that its write is dropped."""
+        return self.total_pages * self.page_size

@@ -603,7 +603,7 @@ def test_plans_are_updated_in_order_and_in_shape():
 def test_lost_pages_are_noticed():
     scheduler = Scheduler(make_config())
     scheduler.check_idle()
-    scheduler.pages.allocate(2)
+    scheduler.pages.allocate([0, 0])
     with pytest.raises(RuntimeError, match="idle but 2 of 24 pages"):
         scheduler.check_idle()
 
