@@ -71,8 +71,8 @@ def is_here(address: str) -> bool:
 
 def grace_seconds(cluster: Cluster) -> float:
     """How long the processes may take to end: as long as the file lets them drain, and a little more."""
-    drains = [cluster.engine.server.drain_seconds, *(worker.drain_seconds or 0 for worker in cluster.workers)]
-    return max(drains) + MARGIN_SECONDS
+    workers = (worker.settings.drain_seconds for worker in cluster.workers)
+    return max(cluster.engine.server.drain_seconds, *workers) + MARGIN_SECONDS
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ A machine is what has an address; all loopback addresses are one. No jax here.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 
 from lamina_jax.cluster.processes import Cluster, EngineProcess, WorkerProcess
-from lamina_jax.config import ConfigError
+from lamina_jax.config import ConfigError, is_loopback
 
 
 def check_claims(cluster: Cluster) -> None:
@@ -68,24 +67,16 @@ def machine_of(address: str) -> str:
     return "this machine" if is_loopback(address) else address
 
 
-def is_loopback(address: str) -> bool:
-    """Whether only processes of one machine reach an address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 def _claims(process: EngineProcess | WorkerProcess) -> Iterator[tuple[str, str]]:
     """(key, what it claims) of one process. CPU devices are virtual: each process has its own."""
     if isinstance(process, EngineProcess):
         devices_key, devices = "settings.compute_devices", process.settings.compute_devices
         yield from _port("server.port", process.server.port, any_free=True)
     else:
-        devices_key, devices = "devices", process.devices
+        devices_key, devices = "devices", process.settings.devices
         yield from _port("port", process.port)
-        yield from _port("data_port", process.data_port, any_free=True)
-        yield from _port("metrics_port", process.metrics_port)
+        yield from _port("data_port", process.settings.data_port, any_free=True)
+        yield from _port("metrics_port", process.settings.metrics_port, any_free=True)
     try:
         key, value = "cores", process.cores
         for core in indices(value) if value is not None else ():

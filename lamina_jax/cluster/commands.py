@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from lamina_jax.cluster.processes import Cluster, EngineProcess, join_address
+from lamina_jax.cluster.processes import Cluster, EngineProcess, WorkerProcess
+from lamina_jax.config import AttendConfig, SecurityConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Command:
     role: str
     argv: tuple[str, ...]
     cores: str | None = None
-    environment: Mapping[str, str]
+    environment: dict[str, str]
 
 
 def commands(cluster: Cluster, python: str = sys.executable) -> list[Command]:
@@ -43,21 +43,15 @@ def commands(cluster: Cluster, python: str = sys.executable) -> list[Command]:
 def _arguments(cluster: Cluster, process: EngineProcess | WorkerProcess) -> list[str]:
     if isinstance(process, EngineProcess):
         return ["lamina_jax.serve", "--cluster", str(cluster.file)]
-    listen = join_address(cluster.address(process), process.port)
-    settings = {
-        "devices": process.devices,
-        "memory_fraction": process.memory_fraction,
-        "data_port": process.data_port,
-        "metrics_port": process.metrics_port,
-        "drain_seconds": process.drain_seconds,
-        **asdict(cluster.security),
-    }
-    return ["lamina_jax.attend", "--listen", listen, *_flags(settings)]
+    flags = [*_flags(process.settings), *_flags(cluster.security)]
+    return ["lamina_jax.attend", "--listen", process.settings.listen, *flags]
 
 
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in settings.items():
-        if value is None or value is False:
+def _flags(settings: AttendConfig | SecurityConfig) -> Iterator[str]:
+    """Those that say more than their default."""
+    defaults = type(settings)()
+    for key, value in vars(settings).items():
+        if key == "listen" or value == getattr(defaults, key):
             continue
         yield f"--{key.replace('_', '-')}"
         if value is not True:

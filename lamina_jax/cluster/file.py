@@ -13,8 +13,8 @@ from typing import Any
 import lamina_jax
 from lamina_jax.cluster.claims import check_claims
 from lamina_jax.cluster.processes import Cluster, EngineProcess, Process, WorkerProcess, join_address
-from lamina_jax.cluster.table import Table, read_file
-from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.cluster.table import Table, names, read_file
+from lamina_jax.config import AttendConfig, ConfigError, EngineConfig, SecurityConfig, ServerConfig
 
 ELSEWHERE = {
     "attention": "the engine's workers are those under [[workers]]",
@@ -60,17 +60,19 @@ def read_cluster(path: Path) -> Cluster:
 
 
 def _worker(table: Table, hosts: dict[str, str]) -> WorkerProcess:
-    worker = table.read(WorkerProcess)
+    own = names(WorkerProcess) - {"settings"}
+    table.only(*sorted(own), *sorted(names(AttendConfig) - {"listen"}))
+    worker = table.some(own).read(WorkerProcess)
     _check_host(table, worker, hosts)
-    if worker.memory_fraction is not None and not 0 < worker.memory_fraction <= 1:
-        raise table.error("memory_fraction", f"must be in (0, 1], got {worker.memory_fraction}")
-    return worker
+    listen = join_address(hosts[worker.host], worker.port)
+    flags = table.some(table.values.keys() - own)
+    return replace(worker, settings=flags.read(AttendConfig, listen=listen))
 
 
 def _engine(
     table: Table, hosts: dict[str, str], workers: Sequence[WorkerProcess], security: SecurityConfig
 ) -> EngineProcess:
-    attention = ",".join(join_address(hosts[worker.host], worker.port) for worker in workers)
+    attention = ",".join(worker.settings.listen for worker in workers)
     settings = table.part("settings").read(EngineConfig, ELSEWHERE, attention=attention, security=security)
     if settings.model.startswith("."):
         settings = replace(settings, model=str(table.file.parent / settings.model))

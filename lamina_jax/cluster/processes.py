@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lamina_jax.config import EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.config import AttendConfig, EngineConfig, SecurityConfig, ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +38,15 @@ class EngineProcess(Process):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerProcess(Process):
-    """An attention worker: `python -m lamina_jax.attend`. None leaves a setting to its default.
+    """An attention worker: `python -m lamina_jax.attend`.
 
     Args:
-        port: where the engine finds it, on the host's address.
-        devices: that hold its share of the KV cache, such as "cpu:0-1" or "gpu:0".
-        memory_fraction: share of their memory that pages may fill.
-        data_port: of the socket exchange; it takes any free port.
-        metrics_port: of /metrics; without it there are none.
-        drain_seconds: at SIGTERM, how long its engine may take to end.
+        port: where the engine finds it, on its host's address.
+        settings: the flags of `attend`; `listen` comes from host and port.
     """
 
     port: int
-    devices: str | None = None
-    memory_fraction: float | None = None
-    data_port: int | None = None
-    metrics_port: int | None = None
-    drain_seconds: float | None = None
+    settings: AttendConfig = field(default_factory=AttendConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

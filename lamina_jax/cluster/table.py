@@ -6,7 +6,7 @@ Every error names the file and the key's path, as in `pool.toml: workers[1].port
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
@@ -52,6 +52,10 @@ class Table:
         if not all(type(value) is dict for value in values):
             raise self.error(key, f"expected tables, each under a [[{key}]] of its own")
         return [Table(value, self.file, f"{key}[{i}]") for i, value in enumerate(values)]
+
+    def some(self, keys: Set[str]) -> Table:
+        """This table with these keys alone."""
+        return Table({key: value for key, value in self.values.items() if key in keys}, self.file, self.path)
 
     def strings(self) -> dict[str, str]:
         """The whole table, whose values are all text."""
@@ -120,6 +124,11 @@ def read_file(path: Path) -> Table:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is no TOML: {error}") from None
+
+
+def names(config_class: type) -> set[str]:
+    """The fields of a dataclass."""
+    return {field.name for field in fields(config_class)}
 
 
 def required(config_class: type) -> set[str]:

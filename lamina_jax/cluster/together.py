@@ -93,11 +93,11 @@ class _Together:
             with suppress(ProcessLookupError):
                 process.terminate()
         hurry = asyncio.create_task(self._hurry.wait())
-        ended = asyncio.gather(*lives)
-        await asyncio.wait([ended, hurry], timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
+        ended = asyncio.create_task(asyncio.wait(lives))
+        await asyncio.wait({hurry, ended}, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         self._kill()
         await ended
+        hurry.cancel()
 
     def _kill(self) -> None:
         """Each with the processes that it has started."""
