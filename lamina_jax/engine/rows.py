@@ -194,9 +194,10 @@ class DecodeRows:
         """int32[B, 1]: where each row's new token is kept; `live` is bool[segments, rows of each]."""
         size = live.shape[1]
         place, offset = np.divmod(self._context_lens[:, :size], self._config.page_size)
-        pages = np.take_along_axis(self._block_tables[:, :size], place[..., None], axis=-1)[..., 0]
-        slots = np.where(live, pages * self._config.page_size + offset, self._config.padding_slot)
-        return slots.astype(np.int32).reshape(-1, 1)
+        pages = self._block_tables[np.arange(len(live))[:, None], self._rows[:size], place]
+        slots = pages * self._config.page_size + offset
+        slots[~live] = self._config.padding_slot
+        return slots.reshape(-1, 1)
 
 
 def page_places(rows: int, config: SchedulerConfig) -> np.ndarray:
