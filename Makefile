@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-parity lint format clean
+.PHONY: install serve test test-slow test-multi test-parity lint format proto clean
 
 install: .venv/.installed
 
@@ -15,6 +15,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# Starts processes of its own; some tests need to be root.
+test-multi: install
+	$(BIN)/python -m pytest -q -m multi $(ARGS)
 
 # Makes the reference fixtures anew with torch and transformers, then compares with them.
 test-parity: .venv-parity/.installed
@@ -30,6 +34,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What control.proto says, as Python; committed, and a test compares.
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. lamina_jax/exchange/control.proto
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

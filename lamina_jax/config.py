@@ -152,14 +152,63 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
         if not 0 < self.request_seconds < float("inf"):
             raise ConfigError(f"request_seconds must be a positive number, got {self.request_seconds}")
-        if not (_is_loopback(self.host) or self.insecure):
+        if not (is_loopback(self.host) or self.insecure):
             raise ConfigError(
                 f"host={self.host!r} can be reached from other machines, and there is no API key yet: "
                 "listen on 127.0.0.1, or say --insecure if everyone on that network may use the model"
             )
 
 
-def _is_loopback(host: str) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class AttendConfig:
+    """How an attention worker offers its devices.
+
+    Args:
+        listen: the address of its gRPC server, "host:port".
+        devices: "cpu:0-1", "gpu:0", ...; None takes all accelerators, or a virtual CPU device per core.
+        memory_fraction: share of the devices' memory that the KV cache may fill; None takes 0.9 of an
+            accelerator and 0.4 of a host's free memory.
+        data_port: of the socket listener, on the same host; 0 takes any free one, and engines are told.
+        metrics_port: of Prometheus' page, /metrics, on 127.0.0.1; None offers none.
+        drain_seconds: at SIGTERM or Ctrl-C, how long the engine that holds the worker may take to leave.
+    """
+
+    listen: str = "127.0.0.1:7101"
+    devices: str | None = None
+    memory_fraction: float | None = None
+    data_port: int = 0
+    metrics_port: int | None = None
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        host_and_port("listen", self.listen)
+        for name in ("data_port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be in 0 .. 65535, got {port}")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
+
+
+def host_and_port(name: str, address: str) -> tuple[str, int]:
+    """The two parts of the setting `name`: "host:port", or "[v6 address]:port".
+
+    Raises:
+        ConfigError: it is no such address.
+    """
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            f"{name}={address!r}: expected 'host:port', such as '127.0.0.1:7101' or '[::1]:7101'"
+        )
+    return bare, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host's name or address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

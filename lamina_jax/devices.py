@@ -63,6 +63,16 @@ def choose_devices(
     return Devices(found_compute, found_memory)
 
 
+def choose_worker_devices(choice: str | None) -> tuple[jax.Device, ...]:
+    """The devices of an attention worker: those named, or all accelerators, or a virtual CPU device per core.
+
+    Raises:
+        ConfigError: a device that does not exist.
+    """
+    _make_cpu_devices(_highest_cpu("devices", choice) + 1 if choice else os.cpu_count() or 1)
+    return _parse("devices", choice) if choice else tuple(jax.devices())
+
+
 def _default_memory(compute: tuple[jax.Device, ...], workers: int) -> tuple[jax.Device, ...]:
     others = [device for device in jax.devices() if device not in compute]
     if not others:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices
+from lamina_jax.memory import available_memory, default_fraction
 from lamina_jax.pool.geometry import CacheGeometry
-
-ACCELERATOR_FRACTION = 0.9
-HOST_FRACTION = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +53,9 @@ def plan_budget(
     Raises:
         ConfigError: not even one request of full length fits; the text names what to change.
     """
-    fraction = config.memory_fraction
+    fraction = default_fraction(devices.memory) if config.memory_fraction is None else config.memory_fraction
+    available = available_memory(devices.memory)
     on_host = devices.memory[0].platform == "cpu"
-    if fraction is None:
-        fraction = HOST_FRACTION if on_host else ACCELERATOR_FRACTION
-    available = _host_memory() if on_host else sum(_device_memory(device) for device in devices.memory)
     # Weights that are loaded already are gone from a host's free memory, but not from a device's limit.
     sharing = len(devices.compute) if on_host else len(set(devices.compute) & set(devices.memory))
     usable = int(available * fraction) - weight_bytes * sharing
@@ -83,20 +77,3 @@ def plan_budget(
         weights_share_memory=sharing > 0,
         compute_devices=len(devices.compute),
     )
-
-
-def _device_memory(device: jax.Device) -> int:
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise ConfigError(f"{device} does not say how much memory it has: set num_pages")
-    return int(stats["bytes_limit"])
-
-
-def _host_memory() -> int:
-    """Bytes of main memory that are free to use."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        raise ConfigError("cannot tell how much memory this machine has: set num_pages") from None

@@ -1,0 +1,99 @@
+"""`python -m lamina_jax.attend --listen HOST:PORT`: an attention worker, which holds KV pages for an engine.
+
+It loads no weights and no model: the engine that leases it says what to prepare. The ports are bound
+first, then the devices are found.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from lamina_jax.config import AttendConfig, ConfigError, SecurityConfig
+from lamina_jax.flags import Parser, add_flags, from_flags
+from lamina_jax.server.report import configure_logging
+
+if TYPE_CHECKING:
+    from lamina_jax.worker.server import MakeSession
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit code."""
+    config, security = parse(argv)
+    from lamina_jax.pool.session import Session
+
+    return run(config, security, Session)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[AttendConfig, SecurityConfig]:
+    """The configuration that a command line says; ends the process with code 2 where it is wrong."""
+    parser = Parser(prog="python -m lamina_jax.attend", description=__doc__, allow_abbrev=False)
+    add_flags(parser, AttendConfig)
+    add_flags(parser, SecurityConfig)
+    options = parser.parse_args(argv)
+    try:
+        return from_flags(AttendConfig, options), from_flags(SecurityConfig, options)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def run(config: AttendConfig, security: SecurityConfig, make_session: MakeSession) -> int:
+    """Be a worker until a signal comes; the exit code. The first signal drains, the second ends at once."""
+    from lamina_jax.worker.server import ListenError, WorkerServer
+
+    configure_logging()
+    try:
+        server = WorkerServer(config, security, make_session)
+    except (ConfigError, ListenError) as error:
+        return _fail(error)
+    try:
+        stop = _signals()
+        facts = server.start()
+        where = f"port {server.port}, data port {facts.data_port}"
+        _say(
+            f"listening on {config.listen} ({where}): {facts.devices} x {facts.device_kind}, "
+            f"{facts.memory_bytes / 2**20:,.0f} MiB for KV pages"
+        )
+        stop.wait()
+        _say("ending; a second signal ends at once")
+        server.drain()
+    except ConfigError as error:
+        return _fail(error)
+    finally:
+        server.close()
+    return 0
+
+
+def _signals() -> threading.Event:
+    stop = threading.Event()
+
+    def take(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, take)
+    return stop
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(error: Exception) -> int:
+    _say(f"error: {error}")
+    return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would wait for threads that compile, or run a program of a lease that has ended.
+    os._exit(code)

@@ -1,0 +1,303 @@
+"""The engine's side of the control plane: find attention workers, and lease them.
+
+Every failure is a `WorkerError`, which names the worker and says what to change. A lease is one gRPC
+stream: HTTP/2 pings notice within 3 s that the other process is dead, stopped or cut off, and gRPC's own
+threads answer them however busy the process is. No thread of ours waits. Knows nothing of frames.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+import lamina_jax
+from lamina_jax.config import ConfigError, SecurityConfig, host_and_port
+from lamina_jax.exchange import control_pb2 as pb
+from lamina_jax.exchange.frames import VERSION
+from lamina_jax.exchange.security import (
+    SESSION_KEY,
+    Metadata,
+    check_address,
+    client_tls,
+    read_token,
+    token_metadata,
+)
+from lamina_jax.exchange.specs import spec_to_message
+from lamina_jax.pool.spec import WorkerSpec
+
+SERVICE = "lamina_jax.Pool"
+CONTROL_BYTES = 1 << 20
+"""No message of the control plane is larger."""
+
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1500),
+    # What decides when a ping is late; 60 s unless said.
+    ("grpc.http2.ping_timeout_ms", 1500),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+)
+"""Options of both sides, which matter while a call is under way: a peer silent for 2.5 s is gone."""
+
+PREPARE_SECONDS = 1800.0
+"""What a worker may take to compile all of its programs."""
+
+_CONTROL_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.max_send_message_length", CONTROL_BYTES),
+    ("grpc.max_receive_message_length", CONTROL_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+)
+
+Report = Callable[[str, int, int], None]
+"""`report(phase, done, total)`; total is 0 where it is not known."""
+
+
+class WorkerError(ConfigError):
+    """An attention worker that cannot be used: `address`, `reason`, and whether it may be `temporary`."""
+
+    def __init__(self, address: str, reason: str, *, temporary: bool = False) -> None:
+        super().__init__(f"attention worker {address}: {reason}")
+        self.address, self.reason, self.temporary = address, reason, temporary
+
+
+class WorkerClient:
+    """One attention worker, as an engine sees it. Making one connects to nothing.
+
+    Args:
+        address: "host:port" of its gRPC server.
+        deadline_seconds: of every call but the compilation that a lease begins with.
+
+    Raises:
+        ConfigError: no address, one that is not protected, or files of `security` that cannot be used.
+    """
+
+    def __init__(self, address: str, security: SecurityConfig, deadline_seconds: float = 5.0) -> None:
+        self.address, self.host = address, host_and_port("attention", address)[0]
+        check_address(self.host, security, "attention")
+        self._deadline, self._tls = deadline_seconds, client_tls(security)
+        self.metadata: Metadata = token_metadata(read_token(security))
+        self._channel = self.open_channel(_CONTROL_OPTIONS)
+
+    def open_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+        """One more connection to the worker, as secure as this one; for a data stream."""
+        if self._tls is None:
+            return grpc.insecure_channel(self.address, options)
+        return grpc.secure_channel(self.address, self._tls[1], options)
+
+    def describe(self, deadline_seconds: float | None = None) -> pb.Description:
+        """What the worker is and has.
+
+        Raises:
+            WorkerError: it does not answer, refuses, or is of another version.
+        """
+        call = self._channel.unary_unary(
+            f"/{SERVICE}/Describe",
+            pb.DescribeRequest.SerializeToString,
+            pb.Description.FromString,
+        )
+        deadline = deadline_seconds or self._deadline
+        try:
+            found: pb.Description = call(pb.DescribeRequest(), timeout=deadline, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        self._check_version(found)
+        return found
+
+    def lease(self, spec: WorkerSpec, report: Report = lambda phase, done, total: None) -> Lease:
+        """Make the worker this engine's; returns when its programs are compiled.
+
+        Raises:
+            WorkerError: it is another engine's, has no room for `spec`, or is lost meanwhile.
+        """
+        self.describe()
+        call = self._channel.unary_stream(
+            f"/{SERVICE}/Lease",
+            pb.LeaseRequest.SerializeToString,
+            pb.LeaseEvent.FromString,
+        )
+        engine = f"{socket.gethostname()}, process {os.getpid()}"
+        stream = call(pb.LeaseRequest(engine=engine, spec=spec_to_message(spec)), metadata=self.metadata)
+        limit = threading.Timer(PREPARE_SECONDS, stream.cancel)
+        limit.start()
+        try:
+            for event in stream:
+                if event.HasField("ready"):
+                    return Lease(self, stream, event.ready)
+                report(f"compiling on {self.address}", event.progress.done, event.progress.total)
+            raise WorkerError(self.address, "it ended the lease before it was ready")
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        except BaseException:
+            stream.cancel()
+            raise
+        finally:
+            limit.cancel()
+
+    def close(self) -> None:
+        """Hang up; a lease ends with it."""
+        self._channel.close()
+
+    def _check_version(self, found: pb.Description) -> None:
+        ours, theirs = lamina_jax.__version__, found.version
+        if _minor(ours) != _minor(theirs) or found.frames_version != VERSION:
+            raise WorkerError(
+                self.address,
+                f"it runs lamina_jax {theirs} (frames {found.frames_version}), this engine {ours} "
+                f"(frames {VERSION}): run one release on both",
+            )
+
+    def _error(self, error: grpc.RpcError) -> WorkerError:
+        return explain(self, error.code(), error.details() or "")
+
+
+class Lease:
+    """A worker that is this engine's.
+
+    Attributes:
+        session_id: opens a data channel: in a HELLO frame, or in the metadata of a stream.
+        pages: KV pages that the worker holds ready.
+        metadata: of the data stream's call.
+        lost: why the worker was lost, if it was; `close` loses nothing.
+    """
+
+    lost: str | None = None
+
+    def __init__(self, client: WorkerClient, stream: Any, ready: pb.Ready) -> None:
+        self.session_id, self.pages = ready.session_id, ready.pages
+        self.metadata: Metadata = (*client.metadata, (SESSION_KEY, ready.session_id))
+        self._client, self._stream = client, stream
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[str], None]] = []
+        self._closed = False
+        if not stream.add_callback(self._end):
+            self._end()
+
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` once when the worker is lost, at once if it is; in a thread of gRPC."""
+        with self._lock:
+            if self.lost is None:
+                self._callbacks.append(callback)
+                return
+        callback(self.lost)
+
+    def close(self) -> None:
+        """Give the worker back. No callback comes any more."""
+        with self._lock:
+            self._closed = True
+        self._stream.cancel()
+
+    def _end(self) -> None:
+        reason = explain(self._client, self._stream.code(), self._stream.details() or "", probe=False).reason
+        with self._lock:
+            if self._closed:
+                return
+            self.lost = reason
+            callbacks = tuple(self._callbacks)
+        for callback in callbacks:
+            callback(reason)
+
+
+def connect(
+    addresses: Sequence[str],
+    security: SecurityConfig,
+    deadline_seconds: float = 60.0,
+    report: Report = lambda phase, done, total: None,
+) -> list[WorkerClient]:
+    """Clients of workers that all answer, in the order of `addresses`; waits for those not up yet.
+
+    Args:
+        report: told who is still missing.
+
+    Raises:
+        WorkerError: one that waiting does not mend, or is still missing at the deadline.
+        ConfigError: an address or a file that cannot be used.
+    """
+    if twice := {address for address in addresses if list(addresses).count(address) > 1}:
+        raise ConfigError(
+            f"attention names {', '.join(sorted(twice))} twice: a worker has one share of the cache"
+        )
+    until, pause = time.monotonic() + deadline_seconds, 0.1
+    clients = [WorkerClient(address, security) for address in addresses]
+    missing = list(clients)
+    try:
+        while True:
+            errors = [error for client in missing if (error := _attempt(client)) is not None]
+            missing = [client for client in missing if client.address in {error.address for error in errors}]
+            if not errors:
+                return clients
+            names = ", ".join(error.address for error in errors)
+            report(f"waiting for attention workers: {names}", len(clients) - len(errors), len(clients))
+            if time.monotonic() + pause > until:
+                also = f" (missing too: {', '.join(e.address for e in errors[1:])})" if errors[1:] else ""
+                raise WorkerError(
+                    errors[0].address,
+                    f"{errors[0].reason}{also}; waited {deadline_seconds:g} s",
+                    temporary=True,
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+    except BaseException:
+        for client in clients:
+            client.close()
+        raise
+
+
+def _attempt(client: WorkerClient) -> WorkerError | None:
+    """Why a worker is not there yet, if it is not."""
+    try:
+        client.describe(deadline_seconds=2.0)
+    except WorkerError as error:
+        if not error.temporary:
+            raise
+        return error
+    return None
+
+
+def explain(client: WorkerClient, code: grpc.StatusCode, details: str, *, probe: bool = True) -> WorkerError:
+    """A call's status in words; `probe`: look whether anything listens where nothing answered."""
+    address = client.address
+    match code:
+        case grpc.StatusCode.UNAVAILABLE if not probe:
+            return WorkerError(address, f"it is gone ({details})", temporary=True)
+        case grpc.StatusCode.UNAVAILABLE if not _listens(address):
+            return WorkerError(
+                address,
+                f"nothing listens there: run `python -m lamina_jax.attend --listen {address}`, "
+                "or correct the address",
+                temporary=True,
+            )
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.UNIMPLEMENTED | grpc.StatusCode.UNKNOWN:
+            return WorkerError(
+                address,
+                f"what listens there does not answer as a lamina_jax worker ({details}): check the address, "
+                "and that tls_cert of the worker and tls_ca of the engine belong together",
+                temporary=code is grpc.StatusCode.UNAVAILABLE,
+            )
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return WorkerError(address, "it accepts connections and does not answer in time", temporary=True)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return WorkerError(address, details, temporary=True)
+        case _:
+            return WorkerError(address, details or code.name)
+
+
+def _listens(address: str) -> bool:
+    with suppress(OSError), socket.create_connection(host_and_port("attention", address), timeout=1.0):
+        return True
+    return False
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]

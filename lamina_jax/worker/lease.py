@@ -1,0 +1,248 @@
+"""Who holds the worker: one engine at a time, for as long as its lease lives.
+
+A lease has a thread of its own, which prepares the session, waits for the end, and gives the memory back.
+Knows nothing of gRPC or sockets.
+"""
+
+from __future__ import annotations
+
+import gc
+import hmac
+import logging
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+
+from lamina_jax.compilation import Job, compile_all
+from lamina_jax.exchange.channel import ChannelClosed, Frame
+from lamina_jax.exchange.frames import HEADER_BYTES, Header
+from lamina_jax.pool.spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+SESSION_ID_BYTES = 16
+TAKE_SECONDS = 3.0
+"""How long an engine waits for the one before to be gone: it may be its own shadow, restarted."""
+
+
+class Session(Protocol):
+    """The memory side of one lease; see `lamina_jax.pool.session`."""
+
+    def jobs(self) -> Iterable[Job]: ...
+    def room(self, header: Header) -> int: ...
+    def answers(self, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]: ...
+    def stats(self) -> dict[str, int]: ...
+
+
+class Refused(Exception):
+    """The worker, or a data stream, is not to be had; the text says why."""
+
+
+class _Over(Exception):
+    """The lease ended while it was being prepared."""
+
+
+Event = tuple[int, int] | int
+"""Programs compiled, of how many; at last the number of pages."""
+
+
+class Lease:
+    """One engine's hold on the worker.
+
+    Attributes:
+        session_id: what a data stream must show.
+        pages: KV pages that it asks for.
+        reason: why it is over.
+    """
+
+    def __init__(
+        self, engine: str, make_session: Callable[[], Session], pages: int, traffic: Traffic
+    ) -> None:
+        self.engine, self.reason = engine, ""
+        self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        self.over = threading.Event()
+        self.pages, self._make_session, self._traffic = pages, make_session, traffic
+        self._session: Session | None = None
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._hang_up: Callable[[], None] | None = None
+        self._streaming = threading.Condition(self._lock)
+
+    def events(self) -> Iterator[Event]:
+        """How far it is; ends when the lease is over."""
+        return iter(self._events.get, None)
+
+    def end(self, reason: str) -> None:
+        """The lease is over, its data stream with it; from any thread, the first reason counts."""
+        with self._lock:
+            if self.over.is_set():
+                return
+            self.reason = reason
+            self.over.set()
+            hang_up = self._hang_up
+        self._events.put(None)
+        if hang_up is not None:
+            hang_up()
+
+    def run(self) -> None:
+        """Prepare, wait for the end, give everything back."""
+        try:
+            session = self._make_session()
+            compile_all(session.jobs(), self._progress)
+            self._session = session
+            del session
+            self._events.put(self.pages)
+            self.over.wait()
+        except _Over:
+            pass
+        except Exception as error:
+            log.debug("lease of %s", self.engine, exc_info=True)
+            self.end(f"cannot prepare what the lease asks for: {_first_line(error)}")
+        with self._streaming:
+            self._streaming.wait_for(lambda: self._hang_up is None)
+            self._session = None
+        gc.collect()  # pages may hang in a cycle
+
+    @contextmanager
+    def stream(self, hang_up: Callable[[], None]) -> Iterator[Session]:
+        """The session, for its one data stream; the lease ends with it.
+
+        Args:
+            hang_up: wakes the stream when the lease is over.
+
+        Raises:
+            Refused: there is a stream already, or no session.
+        """
+        with self._lock:
+            if self._session is None or self.over.is_set():
+                raise Refused("the lease is not ready, or over")
+            if self._hang_up is not None:
+                raise Refused("the session has a data stream already")
+            self._hang_up = hang_up
+        reason = "the data stream has ended"
+        try:
+            yield self._session
+        except ChannelClosed as error:
+            reason = f"the data stream has ended: {error}"
+        except Exception as error:
+            reason = f"the worker gave up: {_first_line(error)}"
+            raise
+        finally:
+            with self._streaming:
+                self._hang_up = None
+                self._streaming.notify_all()
+            self.end(reason)
+
+    def answers(self, session: Session, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]:
+        """`session.answers`, counted."""
+        for header, buffers in session.answers(self._traffic.received(frames)):
+            self._traffic.sent(header)
+            yield header, buffers
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """The session's."""
+        session = self._session
+        return {} if session is None else session.stats()
+
+    def _progress(self, done: int, total: int) -> None:
+        if self.over.is_set():
+            raise _Over
+        self._events.put((done, total))
+
+
+class Traffic:
+    """Frames and bytes that crossed, headers included, since the worker started."""
+
+    def __init__(self) -> None:
+        self.frames_received = self.bytes_received = self.frames_sent = self.bytes_sent = 0
+
+    def received(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Count frames as they pass."""
+        for frame in frames:
+            self.frames_received += 1
+            self.bytes_received += HEADER_BYTES + frame.header.length
+            yield frame
+
+    def sent(self, header: Header) -> None:
+        """Count one frame."""
+        self.frames_sent += 1
+        self.bytes_sent += HEADER_BYTES + header.length
+
+
+class Leases:
+    """Gives the worker out to one engine at a time.
+
+    Args:
+        make_session: the memory side for a spec.
+    """
+
+    def __init__(self, make_session: Callable[[WorkerSpec], Session]) -> None:
+        self._make_session = make_session
+        self._changed = threading.Condition()
+        self._lease: Lease | None = None
+        self._draining = False
+        self.traffic = Traffic()
+
+    @property
+    def lease(self) -> Lease | None:
+        """The one there is."""
+        return self._lease
+
+    def take(self, engine: str, spec: WorkerSpec) -> Lease:
+        """A lease whose thread runs.
+
+        Raises:
+            Refused: another engine has the worker, or it is shutting down.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._lease is None or self._draining, TAKE_SECONDS)
+            if self._draining:
+                raise Refused("it is shutting down")
+            if (held := self._lease) is not None:
+                gone = ", which has gone; its last program still runs" if held.over.is_set() else ""
+                raise Refused(
+                    f"held by another engine, {held.engine}{gone}: end that one, or take another worker"
+                )
+            lease = Lease(engine, lambda: self._make_session(spec), spec.geometry.num_pages, self.traffic)
+            self._lease = lease
+        threading.Thread(target=self._run, args=(lease,), name="lease", daemon=True).start()
+        return lease
+
+    def find(self, session_id: bytes) -> Lease:
+        """The lease that `session_id` opens a data stream of.
+
+        Raises:
+            Refused: there is none.
+        """
+        lease = self._lease
+        if lease is None or not hmac.compare_digest(lease.session_id, session_id):
+            raise Refused("no lease has this session id")
+        return lease
+
+    def drain(self, seconds: float) -> None:
+        """Give out no more leases, and wait for the engine that has one to leave; then end its lease."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._lease is None, seconds) and self._lease is not None:
+                self._lease.end("the worker is shutting down")
+
+    def _run(self, lease: Lease) -> None:
+        log.info("leased to %s", lease.engine)
+        try:
+            lease.run()
+        finally:
+            with self._changed:
+                self._lease = None
+                self._changed.notify_all()
+            log.info("free again: %s", lease.reason)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

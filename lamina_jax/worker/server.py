@@ -1,0 +1,139 @@
+"""A worker's life: ports are bound, devices found, leases given; at last it drains and ends."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import jax
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from lamina_jax.config import AttendConfig, SecurityConfig, host_and_port
+from lamina_jax.devices import choose_worker_devices
+from lamina_jax.exchange.control import KEEPALIVE, SERVICE
+from lamina_jax.exchange.security import check_address, read_token, server_tls
+from lamina_jax.memory import available_memory, default_fraction, unused_memory
+from lamina_jax.pool.spec import WorkerSpec
+from lamina_jax.worker.lease import Leases, Session
+from lamina_jax.worker.metrics import WorkerMetrics
+from lamina_jax.worker.service import Facts, PoolService, TokenCheck
+from lamina_jax.worker.sockets import DataListener
+
+MOST_CALLS = 32
+FRAME_BYTES = 1 << 29
+"""No frame of a gRPC data stream is larger; what a session has room for is less."""
+
+_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.so_reuseport", 0),  # a port in use is an error
+    ("grpc.max_receive_message_length", FRAME_BYTES),
+    ("grpc.max_send_message_length", FRAME_BYTES),
+)
+
+MakeSession = Callable[[WorkerSpec, Sequence[jax.Device]], Session]
+"""Of a spec and as many devices as it asks for."""
+
+
+class ListenError(Exception):
+    """A port cannot be listened on; the text says which, why, and what to change."""
+
+
+class WorkerServer:
+    """Binds its ports when it is made; `serve` answers on them.
+
+    Raises:
+        ConfigError: a setting that cannot be obeyed.
+        ListenError: a port that cannot be listened on.
+    """
+
+    def __init__(self, config: AttendConfig, security: SecurityConfig, make_session: MakeSession) -> None:
+        host, port = host_and_port("listen", config.listen)
+        check_address(host, security, "listen")
+        self._config, self._make_session = config, make_session
+        self._tls, self._token = server_tls(security), read_token(security)
+        self.leases = Leases(self._session)
+        self._devices: Sequence[jax.Device] = ()
+        self._health = health.HealthServicer()
+        self._grpc = grpc.server(
+            ThreadPoolExecutor(MOST_CALLS, "grpc"),
+            interceptors=[TokenCheck(self._token)],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=MOST_CALLS,
+        )
+        self.port = self._bind_grpc(host, port)
+        self.metrics_port: int | None = None
+        with _naming("data_port", host, config.data_port):
+            context = None if self._tls is None else self._tls[0]
+            self._data = DataListener(host, config.data_port, self.leases, context)
+        if config.metrics_port is not None:
+            with _naming("metrics_port", "127.0.0.1", config.metrics_port):
+                metrics = WorkerMetrics(
+                    self.leases, lambda: unused_memory(self._devices) if self._devices else 0
+                )
+                self.metrics_port = metrics.serve(config.metrics_port).server_port
+
+    def start(self) -> Facts:
+        """Find the devices and answer from now on.
+
+        Raises:
+            ConfigError: a device that does not exist, or does not say how much memory it has.
+        """
+        self._devices = choose_worker_devices(self._config.devices)
+        fraction = self._config.memory_fraction or default_fraction(self._devices)
+        facts = Facts(
+            jax_version=jax.__version__,
+            platform=self._devices[0].platform,
+            device_kind=self._devices[0].device_kind,
+            devices=len(self._devices),
+            memory_bytes=int(available_memory(self._devices) * fraction),
+            data_port=self._data.port,
+            unix_path=self._data.unix_path,
+        )
+        self._grpc.add_generic_rpc_handlers([PoolService(facts, self.leases).handlers()])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._data.start()
+        self._grpc.start()
+        return facts
+
+    def drain(self) -> None:
+        """Be SERVING no more, refuse new leases, and wait for the engine that has one to leave."""
+        self._health.enter_graceful_shutdown()
+        self.leases.drain(self._config.drain_seconds)
+
+    def close(self) -> None:
+        """Hang up and give the ports back."""
+        self._data.close()
+        self._grpc.stop(grace=0.2).wait(2.0)
+
+    def _session(self, spec: WorkerSpec) -> Session:
+        return self._make_session(spec, self._devices[: spec.devices])
+
+    def _bind_grpc(self, host: str, port: int) -> int:
+        with _naming("listen", host, port):
+            # gRPC writes its own lines about a port that it cannot have, and does not say why in its error.
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            socket.create_server((host, port), family=family).close()
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            try:
+                if self._tls is None:
+                    return self._grpc.add_insecure_port(address)
+                return self._grpc.add_secure_port(address, self._tls[1])
+            except RuntimeError as error:
+                raise OSError(str(error)) from None
+
+
+@contextmanager
+def _naming(setting: str, host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be listened on ({error.strerror or error})"
+        if error.errno == errno.EADDRINUSE:
+            reason = "is in use: end what listens there, or choose another (0 takes any free one)"
+        raise ListenError(f"{setting}: port {port} on {host} {reason}") from None
