@@ -21,11 +21,15 @@ def describe(cluster: Cluster) -> str:
     Raises:
         ConfigError: the model is not there, or does not fit what the file says.
     """
-    # Only now jax: a file that is wrong in itself is refused at once.
+    # Only now jax and grpc: a file that is wrong in itself is refused at once.
     from lamina_jax.cluster.forecast import forecast
     from lamina_jax.engine.build import find_model
+    from lamina_jax.exchange.security import check_address
     from lamina_jax.models.hf_config import CheckpointError, read_config
 
+    for i, worker in enumerate(cluster.workers):
+        host = cluster.address(worker)
+        check_address(host, cluster.security, f"{cluster.file}: workers[{i}].host")
     model = cluster.engine.settings.model
     try:
         needs = forecast(cluster, read_config(find_model(model)))

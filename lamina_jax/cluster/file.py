@@ -84,6 +84,10 @@ def _engine(
 
 def _security(table: Table) -> SecurityConfig:
     security = table.read(SecurityConfig)
+    tls = {key: getattr(security, key) for key in ("tls_cert", "tls_key", "tls_ca")}
+    if any(tls.values()) and not all(tls.values()):
+        missing = " and ".join(key for key, value in tls.items() if value is None)
+        raise table.error("", f"give {missing} too: in a cluster both sides show certificates")
     paths = {key: value for key, value in vars(security).items() if isinstance(value, str)}
     from_here: dict[str, Any] = {key: str(table.file.parent / path) for key, path in paths.items()}
     return replace(security, **from_here)
