@@ -2,234 +2,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_driver import MODEL, Driver, make_config, make_request
 
 from lamina_jax.config import ConfigError
-from lamina_jax.core import Request, SamplingParams, StepPlan
 from lamina_jax.engine.prefill import choose_bucket
-from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
-from lamina_jax.testing import FakeModel, FakeRunner
+from lamina_jax.engine.scheduler import Scheduler
 
-MODEL = FakeModel(vocab_size=11)
-
-
-def make_config(**changes):
-    settings = {
-        "vocab_size": MODEL.vocab_size,
-        "num_pages": 24,
-        "page_size": 4,
-        "max_model_len": 24,
-        "max_num_seqs": 4,
-        "microbatches": 2,
-        "decode_buckets": (1, 2, 4),
-        "prefill_buckets": ((1, 16), (2, 8), (4, 4)),
-    }
-    return SchedulerConfig(**(settings | changes))
+SHARED = [("heads", 1), ("requests", 1), ("requests", 2), ("requests", 3), ("tokens", 2), ("tokens", 3)]
 
 
-def make_request(request_id, prompt=(1, 2, 3), max_tokens=4, stop=()):
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
-        stop_token_ids=frozenset(stop),
-    )
-
-
-@dataclass
-class Client:
-    """One request as its client sees it."""
-
-    request: Request
-    alone: list[int]
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-
-class Driver:
-    """A scheduler and a fake runner, with everything checked that must hold at every moment.
-
-    A step is executed as late as it can be, just before its tokens are read: what happens to the
-    scheduler in between must not reach into plans in flight.
-    """
-
-    def __init__(self, config, *, run_ahead=1):
-        self.config = config
-        self.run_ahead = run_ahead
-        self.scheduler = Scheduler(config)
-        self.runner = FakeRunner(MODEL, num_pages=config.num_pages, page_size=config.page_size)
-        self.clients: list[Client] = []
-        self.live: dict[str, Client] = {}
-        self.queue: list[str] = []
-        self.prefilled: dict[str, int] = {}
-        self.in_flight: deque[tuple[StepPlan, dict[int, Client]]] = deque()
-
-    def add(self, request):
-        self.scheduler.add(request)
-        length = len(request.prompt_token_ids)
-        limit = min(request.sampling.max_tokens, self.config.max_model_len - length)
-        alone = MODEL.generate(request.prompt_token_ids, limit, request.stop_token_ids)
-        self.live[request.request_id] = Client(request, alone)
-        self.prefilled.pop(request.request_id, None)
-        self.clients.append(self.live[request.request_id])
-        self.queue.append(request.request_id)
-
-    def abort(self, request_id):
-        self.scheduler.abort(request_id)
-        if request_id in self.live:
-            self.live.pop(request_id).finish_reason = "abort"
-        if request_id in self.queue:
-            self.queue.remove(request_id)
-
-    def schedule(self):
-        if len(self.in_flight) > self.run_ahead:
-            return None
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            assert plan.microbatches
-            for microbatch in plan.microbatches:
-                self.check_microbatch(microbatch)
-            self.check_pages(plan)
-            self.in_flight.append((plan, self.pages_named(plan)))
-        self.check_head_of_queue(plan)
-        return plan
-
-    def update(self):
-        plan, _ = self.in_flight.popleft()
-        events = self.scheduler.update(
-            plan, [result.tokens for result in self.runner.read(self.runner.dispatch(plan))]
-        )
-        named = [request_id for microbatch in plan.microbatches for request_id in microbatch.request_ids]
-        assert {event.request_id for event in events} <= set(named)
-        for event in events:
-            client = self.live[event.request_id]
-            client.tokens.append(event.token_id)
-            client.finish_reason = event.finish_reason
-            if event.finish_reason:
-                del self.live[event.request_id]
-        return events
-
-    def run_step(self):
-        """What an engine does: plan as far ahead as it may, then read the oldest step."""
-        while self.schedule() is not None:
-            pass
-        if self.in_flight:
-            self.update()
-        else:
-            assert not self.scheduler.has_work, "work is left, nothing is in flight and nothing is planned"
-
-    def finish(self):
-        """Run to the end, at most as many steps as there are tokens, and look at the whole story."""
-        budget = 2 + sum(
-            len(client.alone) + 1 + len(client.request.prompt_token_ids) for client in self.live.values()
-        )
-        while self.scheduler.has_work:
-            self.run_step()
-            budget -= 1
-            assert budget >= 0, "the scheduler plans more steps than there are tokens"
-        assert self.scheduler.schedule() is None
-        for client in self.clients:
-            if client.finish_reason == "abort":
-                assert client.tokens == client.alone[: len(client.tokens)]
-            else:
-                assert client.tokens == client.alone
-                stopped = client.alone[-1] in client.request.stop_token_ids
-                assert client.finish_reason == ("stop" if stopped else "length")
-        self.scheduler.check_idle()
-        assert self.scheduler.pages.num_free == self.config.num_pages
-
-    def pages_needed(self, request_id):
-        request = self.live[request_id].request
-        length = len(request.prompt_token_ids)
-        total = min(length + request.sampling.max_tokens, self.config.max_model_len)
-        return -(-(total - 1) // self.config.page_size)
-
-    def pages_named(self, plan):
-        return {
-            int(page): self.live[request_id]
-            for microbatch in plan.microbatches
-            for row, request_id in enumerate(microbatch.request_ids)
-            for page in microbatch.block_tables[row, : self.pages_needed(request_id)]
-        }
-
-    def check_pages(self, plan):
-        """No page in two hands: in this plan, nor between it and the steps in flight."""
-        request_ids = [request_id for m in plan.microbatches for request_id in m.request_ids]
-        pages = self.pages_named(plan)
-        assert len(set(request_ids)) == len(request_ids)
-        assert len(pages) == sum(map(self.pages_needed, request_ids))
-        for _, named in self.in_flight:
-            for page, client in pages.items():
-                assert named.get(page, client) is client, f"page {page} is reused while a step names it"
-
-    def check_microbatch(self, plan):
-        """Shapes are those of a bucket, and everything beyond the live rows and tokens is padding."""
-        (rows, width), live, limits = plan.bucket, len(plan.request_ids), self.config
-        assert live
-        arrays = {name: array for name, array in vars(plan).items() if isinstance(array, np.ndarray)}
-        assert arrays.pop("samples").dtype == bool
-        assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
-        assert plan.block_tables.shape == plan.page_index.shape == (rows, limits.table_width)
-        assert (plan.page_index == np.arange(limits.table_width)).all()
-        assert plan.positions.shape == plan.slots.shape == (rows, width)
-        assert plan.feedback.shape == plan.context_lens.shape == plan.logits_at.shape == (rows,)
-        for array in (plan.tokens, plan.positions, plan.context_lens, plan.block_tables):
-            assert not array[live:].any()
-        assert (plan.slots[live:] == limits.padding_slot).all()
-        assert (plan.feedback[live:] == -1).all()
-        if plan.kind == "decode":
-            assert live <= limits.rows_per_microbatch
-            assert rows == next(bucket for bucket in limits.decode_buckets if bucket >= live)
-            assert plan.microbatch < limits.microbatches
-            assert (plan.positions[:, 0] == plan.context_lens).all()
-            assert not plan.tokens[:, 0][plan.feedback >= 0].any()
-            assert (plan.logits_at == np.arange(rows)).all()
-            assert (plan.context_lens[:live] > 0).all()
-        else:
-            assert plan.microbatch == limits.microbatches
-            assert (rows, width) in limits.prefill_buckets
-            assert (plan.feedback == -1).all()
-            assert plan.cached == plan.context_lens.any()
-            assert not plan.logits_at[live:].any()
-            assert not plan.samples[live:].any()
-            for row, request_id in enumerate(plan.request_ids):
-                prompt = len(self.live[request_id].request.prompt_token_ids)
-                start = self.prefilled.get(request_id, 0)
-                assert plan.context_lens[row] == start, "a chunk does not follow the one before"
-                length = min(width, prompt - start)
-                assert length > 0
-                assert (plan.slots[row, length:] == limits.padding_slot).all()
-                assert (plan.slots[row, :length] < limits.padding_slot).all()
-                assert (plan.positions[row, :length] == np.arange(start, start + length)).all()
-                assert plan.samples[row] == (start + length == prompt)
-                self.prefilled[request_id] = start + length
-            new = [name for row, name in enumerate(plan.request_ids) if not plan.context_lens[row]]
-            assert new == self.queue[: len(new)], "somebody overtook"
-            assert list(plan.request_ids[live - len(new) :]) == new, "a chunk stands behind a new prompt"
-            del self.queue[: len(new)]
-
-    def check_head_of_queue(self, plan):
-        """Whoever is first in the queue waits for seats or pages only."""
-        admitted = plan is not None and plan.microbatches[-1].kind == "prefill"
-        if self.queue and not admitted:
-            full = self.scheduler.num_running == self.config.max_num_seqs
-            assert full or self.pages_needed(self.queue[0]) > self.scheduler.pages.num_free
-
-    def check_counts(self):
-        scheduler, pages = self.scheduler, self.scheduler.pages
-        assert pages.num_free + pages.num_used == pages.num_pages == self.config.num_pages
-        assert scheduler.num_waiting == len(self.queue)
-        assert scheduler.num_running == len(self.live) - len(self.queue) <= self.config.max_num_seqs
-        running = set(self.live) - set(self.queue)
-        assert sum(map(self.pages_needed, running)) <= pages.num_used
-        assert scheduler.has_work == bool(self.live or self.in_flight)
+def buckets_for(partition, workers, rows):
+    """A few row counts for at most `rows` requests, in equal segments by request."""
+    segments = workers if partition == "requests" else 1
+    most = -(-rows // segments)
+    return tuple(segments * size for size in sorted({1, (most + 1) // 2, most}))
 
 
 class AnyTraffic(RuleBasedStateMachine):
@@ -238,13 +30,14 @@ class AnyTraffic(RuleBasedStateMachine):
     @initialize(
         microbatches=st.integers(1, 3),
         max_num_seqs=st.integers(1, 5),
-        num_pages=st.integers(4, 12),
+        num_pages=st.integers(2, 12),
         page_size=st.sampled_from([1, 3, 4]),
         run_ahead=st.integers(0, 1),
         stall=st.sampled_from([0.5, 2.5, 9.0]),
+        shared=st.sampled_from(SHARED),
     )
-    def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead, stall):
-        rows = -(-max_num_seqs // microbatches)
+    def start(self, microbatches, max_num_seqs, num_pages, page_size, run_ahead, stall, shared):
+        partition, workers = shared
         self.driver = Driver(
             make_config(
                 microbatches=microbatches,
@@ -252,10 +45,12 @@ class AnyTraffic(RuleBasedStateMachine):
                 num_pages=num_pages,
                 page_size=page_size,
                 max_model_len=12,
-                decode_buckets=tuple(sorted({1, (rows + 1) // 2, rows})),
+                decode_buckets=buckets_for(partition, workers, -(-max_num_seqs // microbatches)),
                 prefill_buckets=((1, 5), (2, 3), (4, 1)),
                 prefill_seconds=(3.0, 2.0, 1.0),
                 prefill_stall=stall,
+                partition=partition,
+                workers=workers,
             ),
             run_ahead=run_ahead,
         )
@@ -270,7 +65,8 @@ class AnyTraffic(RuleBasedStateMachine):
         request = make_request(f"r{number}", prompt, max_tokens, stop)
         total = min(len(prompt) + max_tokens, 12) - 1
         config = self.driver.config
-        too_large = -(-total // config.page_size) > config.num_pages
+        holders = config.workers if config.partition == "tokens" else 1
+        too_large = -(-total // config.page_size) > config.num_pages * holders
         if request.request_id in self.driver.live or too_large:
             with pytest.raises(ValueError, match=r"already held|num_pages"):
                 self.driver.scheduler.add(request)
@@ -280,6 +76,10 @@ class AnyTraffic(RuleBasedStateMachine):
     @rule(number=st.integers(0, 7))
     def abort(self, number):
         self.driver.abort(f"r{number}")
+
+    @rule()
+    def drop_running(self):
+        self.driver.drop_running()
 
     @rule(steps=st.integers(1, 5))
     def run(self, steps):
@@ -306,21 +106,23 @@ class AnyTraffic(RuleBasedStateMachine):
 
 TestAnyTraffic = AnyTraffic.TestCase
 TestAnyTraffic.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
+    deadline=None, max_examples=120, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize(("run_ahead", "num_pages"), [(1, 12), (0, 60)])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
-@pytest.mark.parametrize("num_pages", [12, 60])
-def test_heavy_traffic(microbatches, run_ahead, num_pages):
+@pytest.mark.parametrize(("partition", "workers"), SHARED)
+def test_heavy_traffic(partition, workers, microbatches, run_ahead, num_pages):
     """Full microbatches, whose rows change all the time; with 12 pages, requests wait for pages."""
-    random = np.random.default_rng([microbatches, run_ahead, num_pages])
+    random = np.random.default_rng([workers, microbatches, run_ahead, num_pages])
     config = make_config(
         microbatches=microbatches,
         num_pages=num_pages,
         max_num_seqs=9,
-        decode_buckets=(2, -(-9 // microbatches)),
+        decode_buckets=buckets_for(partition, workers, -(-9 // microbatches)),
+        partition=partition,
+        workers=workers,
     )
     driver = Driver(config, run_ahead=run_ahead)
     for number in range(40):
