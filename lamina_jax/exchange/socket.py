@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from lamina_jax.exchange.channel import ChannelClosed, Frame, Room
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, ProtocolError, unpack_header
 from lamina_jax.exchange.tls import TlsStream
 
-KERNEL_BUFFER_BYTES = 4 << 20
-"""Asked for each way; the kernel gives at most its net.core.wmem_max and rmem_max."""
+UNIX_BUFFER_BYTES = 4 << 20
+"""What a Unix socket may hold: its buffer does not grow by itself, as TCP's do. The kernel gives at most its
+net.core.wmem_max."""
 
 _MOST_BUFFERS = 512  # in one system call; Linux takes 1024
 
@@ -63,8 +65,9 @@ class SocketChannel:
         weakref.finalize(self, sock.close)
 
     def send(self, header: Header, buffers: Sequence[np.ndarray]) -> None:
-        # As bytes, since the buffer protocol knows no bfloat16.
-        frame: list[bytes | memoryview] = [header.pack(), *[buffer.view(np.uint8).data for buffer in buffers]]
+        # The buffer protocol knows only numpy's own dtypes, and no bfloat16.
+        views = [b if b.dtype.isbuiltin == 1 else b.view(np.uint8) for b in buffers]
+        frame: list[Any] = [header.pack(), *views]
         size = HEADER_BYTES + header.length
         try:
             sent = self._sendmsg(frame) if len(frame) < _MOST_BUFFERS else 0
@@ -128,7 +131,7 @@ class SocketChannel:
                 what = f"not all of a frame in {self._deadline:g} s" if begun else f"nothing in {seconds:g} s"
                 raise self._closed(f"it has sent {what}")
 
-    def _send_rest(self, frame: Sequence[bytes | memoryview], sent: int, size: int) -> None:
+    def _send_rest(self, frame: Sequence[Any], sent: int, size: int) -> None:
         rest = [memoryview(part).cast("B") for part in frame if memoryview(part).nbytes]
         try:
             if (given := sum(map(len, rest)) - HEADER_BYTES) != size - HEADER_BYTES:
@@ -200,9 +203,9 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _prepare(sock: socket.socket, tick_seconds: float) -> None:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, KERNEL_BUFFER_BYTES)
-    if sock.family != socket.AF_UNIX:
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
+    else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # The kernel's own time limits: a timeout of Python's would cost a poll per call.
