@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from lamina_jax.config import ServerConfig
 from lamina_jax.core import Sampled
 from lamina_jax.engine.engine import Engine
+from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 from lamina_jax.server.engine_thread import Build
@@ -96,9 +97,9 @@ class GatedRunner(FakeRunner):
 
 @dataclass
 class FakeEngine:
-    """Builds an engine over a `GatedRunner`, of which the test keeps hold."""
+    """Builds an engine over a runner, of which the test keeps hold."""
 
-    runner: GatedRunner = field(default_factory=GatedRunner)
+    runner: ModelRunner = field(default_factory=GatedRunner)
     with_tokenizer: bool = True
     eos_token_ids: tuple[int, ...] = ()
     before: Callable[[Callable[[str, int, int], None]], None] = lambda report: report("compiling", 2, 2)
@@ -167,6 +168,19 @@ def sse(text: str) -> list[Any]:
     """The events of a stream: JSON objects, and "[DONE]" as it is."""
     events = [event.removeprefix("data: ") for event in text.split("\n\n")[:-1]]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Runs it beside the test; its result, once the thread has ended."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    return thread, results
+
+
+def pages_are_back(response: httpx.Response) -> bool:
+    stats = response.json()
+    return stats["pages_free"] == NUM_PAGES and not stats["requests_running"] + stats["requests_waiting"]
 
 
 @contextmanager

@@ -15,7 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_server import DEADLINE, NUM_PAGES, FakeEngine, Running, continuation, running, sse
+from fake_server import (
+    DEADLINE,
+    FakeEngine,
+    Running,
+    continuation,
+    in_thread,
+    pages_are_back,
+    running,
+    sse,
+)
 from fastapi.testclient import TestClient
 
 from lamina_jax.config import ServerConfig
@@ -26,19 +35,6 @@ from lamina_jax.server.messages import Died, Ready
 from lamina_jax.server.service import Service
 
 Report = Callable[[str, int, int], None]
-
-
-def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Runs it beside the test; its result, once the thread has ended."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    return thread, results
-
-
-def pages_are_back(response: httpx.Response) -> bool:
-    stats = response.json()
-    return stats["pages_free"] == NUM_PAGES and not stats["requests_running"] + stats["requests_waiting"]
 
 
 def test_before_it_is_ready_it_says_how_far_it_is() -> None:
