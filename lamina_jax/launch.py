@@ -51,11 +51,11 @@ def check_place(cluster: Cluster) -> None:
                 f"{cluster.file}: hosts.{name}: {address} is no address of this machine, and "
                 "`launch local` starts nothing elsewhere: give 127.0.0.1"
             )
-    for role, process in cluster.roles().items():
+    for key, process in cluster.keys().items():
         try:
             check_cores(process.cores)
         except ConfigError as error:
-            raise ConfigError(f"{cluster.file}: {role}: {error}") from None
+            raise ConfigError(f"{cluster.file}: {key}.{error}") from None
 
 
 def is_here(address: str) -> bool:

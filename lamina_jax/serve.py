@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
@@ -18,8 +19,10 @@ from lamina_jax.cluster.pin import pin
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
-from lamina_jax.server.engine_thread import Build, Engine, StartError
 from lamina_jax.server.listener import ListenError, listen
+
+if TYPE_CHECKING:
+    from lamina_jax.server.engine_thread import Build, Engine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +51,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
     except ListenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    # After the port is bound, since the web server's packages take a while to import.
+    # After the port is bound, since the web server's packages and jax take a while to import.
     from lamina_jax.server.lifecycle import Server, leave
     from lamina_jax.server.report import configure_logging
 
@@ -112,6 +115,7 @@ def build(config: EngineConfig, cluster: Cluster | None = None) -> Build:
         from lamina_jax.cluster.forecast import check_heads
         from lamina_jax.engine.build import build_engine, find_model
         from lamina_jax.models.hf_config import CheckpointError, read_config
+        from lamina_jax.server.engine_thread import StartError
 
         try:
             if cluster is not None:

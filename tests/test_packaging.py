@@ -87,3 +87,9 @@ print(len(output.outputs[0].token_ids), lamina_jax.__file__)
 
 def test_the_commands_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
     assert "--max-num-seqs" in run(python, "-m", "lamina_jax.serve", "--help", cwd=tmp_path)
+
+
+def test_the_cluster_files_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
+    dry_run = run(python, "-m", "lamina_jax.serve", "--cluster", "local", "--dry-run", cwd=tmp_path)
+    assert f"{python.parent.parent}/lib" in dry_run
+    assert str(ROOT) not in dry_run

@@ -18,8 +18,7 @@ def check_claims(cluster: Cluster) -> None:
         ConfigError: it names both keys; or the one whose value claims nothing that there can be.
     """
     owners: dict[tuple[str, str], str] = {}
-    for i, process in enumerate(cluster.roles().values()):
-        where = f"workers[{i - 1}]" if i else "engine"
+    for where, process in cluster.keys().items():
         machine = machine_of(cluster.address(process))
         try:
             claims = [(f"{where}.{key}", claimed) for key, claimed in _claims(process)]

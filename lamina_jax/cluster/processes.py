@@ -73,6 +73,10 @@ class Cluster:
         """Each process by its role: "engine", "worker 0", "worker 1", ..."""
         return {"engine": self.engine, **{f"worker {i}": worker for i, worker in enumerate(self.workers)}}
 
+    def keys(self) -> dict[str, EngineProcess | WorkerProcess]:
+        """Each process by its key path in the file: "engine", "workers[0]", ..."""
+        return {"engine": self.engine, **{f"workers[{i}]": worker for i, worker in enumerate(self.workers)}}
+
     def address(self, process: Process) -> str:
         """The address of a process's host."""
         return self.hosts[process.host]

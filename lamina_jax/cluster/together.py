@@ -112,6 +112,7 @@ class _Together:
         try:
             print(prefix, line, file=self._out, flush=True)
         except BrokenPipeError:  # nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
             self._told.set()
 
 
