@@ -158,6 +158,12 @@ def test_the_text() -> None:
         assert words in text
 
 
+def test_the_page_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = describe(read_cluster(find_cluster_file("configs/clusters/local.toml")))
+    assert f"\n```\n{text}\n```\n" in (ROOT / "docs" / "clusters.md").read_text()
+
+
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code = main(list(argv))
     return code, *capsys.readouterr()
