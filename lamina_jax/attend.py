@@ -92,7 +92,10 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # before the worker took the signals over
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     # Python would wait for threads that compile, or run a program of a lease that has ended.

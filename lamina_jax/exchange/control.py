@@ -55,9 +55,9 @@ _CONTROL_OPTIONS = (
     ("grpc.max_send_message_length", CONTROL_BYTES),
     ("grpc.max_receive_message_length", CONTROL_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # also what connecting may take
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_http_proxy", 0),  # a proxy for the outside world is none for a cluster
 )
 
 Report = Callable[[str, int, int], None]
@@ -79,6 +79,10 @@ class WorkerClient:
         address: "host:port" of its gRPC server.
         deadline_seconds: of every call but the compilation that a lease begins with.
 
+    Attributes:
+        ssl_context: for data sockets to it; None: plain ones.
+        metadata: what every call to it carries.
+
     Raises:
         ConfigError: no address, one that is not protected, or files of `security` that cannot be used.
     """
@@ -86,15 +90,16 @@ class WorkerClient:
     def __init__(self, address: str, security: SecurityConfig, deadline_seconds: float = 5.0) -> None:
         self.address, self.host = address, host_and_port("attention", address)[0]
         check_address(self.host, security, "attention")
-        self._deadline, self._tls = deadline_seconds, client_tls(security)
+        self._deadline = deadline_seconds
+        self.ssl_context, self._credentials = client_tls(security) or (None, None)
         self.metadata: Metadata = token_metadata(read_token(security))
         self._channel = self.open_channel(_CONTROL_OPTIONS)
 
     def open_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """One more connection to the worker, as secure as this one; for a data stream."""
-        if self._tls is None:
+        if self._credentials is None:
             return grpc.insecure_channel(self.address, options)
-        return grpc.secure_channel(self.address, self._tls[1], options)
+        return grpc.secure_channel(self.address, self._credentials, options)
 
     def describe(self, deadline_seconds: float | None = None) -> pb.Description:
         """What the worker is and has.
@@ -130,6 +135,7 @@ class WorkerClient:
         engine = f"{socket.gethostname()}, process {os.getpid()}"
         stream = call(pb.LeaseRequest(engine=engine, spec=spec_to_message(spec)), metadata=self.metadata)
         limit = threading.Timer(PREPARE_SECONDS, stream.cancel)
+        limit.daemon = True
         limit.start()
         try:
             for event in stream:
@@ -159,7 +165,7 @@ class WorkerClient:
             )
 
     def _error(self, error: grpc.RpcError) -> WorkerError:
-        return explain(self, error.code(), error.details() or "")
+        return _explain(self.address, error.code(), error.details() or "")
 
 
 class Lease:
@@ -177,7 +183,7 @@ class Lease:
     def __init__(self, client: WorkerClient, stream: Any, ready: pb.Ready) -> None:
         self.session_id, self.pages = ready.session_id, ready.pages
         self.metadata: Metadata = (*client.metadata, (SESSION_KEY, ready.session_id))
-        self._client, self._stream = client, stream
+        self._address, self._stream = client.address, stream
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[str], None]] = []
         self._closed = False
@@ -199,7 +205,9 @@ class Lease:
         self._stream.cancel()
 
     def _end(self) -> None:
-        reason = explain(self._client, self._stream.code(), self._stream.details() or "", probe=False).reason
+        reason = _explain(
+            self._address, self._stream.code(), self._stream.details() or "", leased=True
+        ).reason
         with self._lock:
             if self._closed:
                 return
@@ -265,32 +273,32 @@ def _attempt(client: WorkerClient) -> WorkerError | None:
     return None
 
 
-def explain(client: WorkerClient, code: grpc.StatusCode, details: str, *, probe: bool = True) -> WorkerError:
-    """A call's status in words; `probe`: look whether anything listens where nothing answered."""
-    address = client.address
+def _explain(address: str, code: grpc.StatusCode, details: str, *, leased: bool = False) -> WorkerError:
+    """A call's status in words; `leased`: the worker had answered before."""
+    stranger = f"what listens there does not answer as a lamina_jax worker ({details})"
+    temporary = True
     match code:
-        case grpc.StatusCode.UNAVAILABLE if not probe:
-            return WorkerError(address, f"it is gone ({details})", temporary=True)
+        case grpc.StatusCode.UNAVAILABLE if leased:
+            reason = f"it is gone ({details})"
+        case grpc.StatusCode.UNAVAILABLE if "handshake failed" in details:
+            temporary = False
+            reason = f"no TLS with it ({details}): its tls_cert and the engine's tls_ca must belong together"
         case grpc.StatusCode.UNAVAILABLE if not _listens(address):
-            return WorkerError(
-                address,
+            reason = (
                 f"nothing listens there: run `python -m lamina_jax.attend --listen {address}`, "
-                "or correct the address",
-                temporary=True,
+                "or correct the address"
             )
-        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.UNIMPLEMENTED | grpc.StatusCode.UNKNOWN:
-            return WorkerError(
-                address,
-                f"what listens there does not answer as a lamina_jax worker ({details}): check the address, "
-                "and that tls_cert of the worker and tls_ca of the engine belong together",
-                temporary=code is grpc.StatusCode.UNAVAILABLE,
-            )
+        case grpc.StatusCode.UNAVAILABLE:
+            reason = f"{stranger}: correct the address; if it has a tls_cert, give the engine its tls_ca"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return WorkerError(address, "it accepts connections and does not answer in time", temporary=True)
+            reason = "it takes connections, and has not answered in time"
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return WorkerError(address, details, temporary=True)
+            reason = details
+        case grpc.StatusCode.UNIMPLEMENTED:
+            temporary, reason = False, f"{stranger}: correct the address"
         case _:
-            return WorkerError(address, details or code.name)
+            temporary, reason = False, details or code.name
+    return WorkerError(address, reason, temporary=temporary)
 
 
 def _listens(address: str) -> bool:

@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ TAKE_SECONDS = 3.0
 """How long an engine waits for the one before to be gone: it may be its own shadow, restarted."""
 
 
+@runtime_checkable
 class Session(Protocol):
     """The memory side of one lease; see `lamina_jax.pool.session`."""
 
@@ -69,9 +70,8 @@ class Lease:
         self.pages, self._make_session, self._traffic = pages, make_session, traffic
         self._session: Session | None = None
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._hang_up: Callable[[], None] | None = None
-        self._streaming = threading.Condition(self._lock)
 
     def events(self) -> Iterator[Event]:
         """How far it is; ends when the lease is over."""
@@ -79,7 +79,7 @@ class Lease:
 
     def end(self, reason: str) -> None:
         """The lease is over, its data stream with it; from any thread, the first reason counts."""
-        with self._lock:
+        with self._changed:
             if self.over.is_set():
                 return
             self.reason = reason
@@ -103,8 +103,8 @@ class Lease:
         except Exception as error:
             log.debug("lease of %s", self.engine, exc_info=True)
             self.end(f"cannot prepare what the lease asks for: {_first_line(error)}")
-        with self._streaming:
-            self._streaming.wait_for(lambda: self._hang_up is None)
+        with self._changed:
+            self._changed.wait_for(lambda: self._hang_up is None)
             self._session = None
         gc.collect()  # pages may hang in a cycle
 
@@ -118,7 +118,7 @@ class Lease:
         Raises:
             Refused: there is a stream already, or no session.
         """
-        with self._lock:
+        with self._changed:
             if self._session is None or self.over.is_set():
                 raise Refused("the lease is not ready, or over")
             if self._hang_up is not None:
@@ -133,9 +133,9 @@ class Lease:
             reason = f"the worker gave up: {_first_line(error)}"
             raise
         finally:
-            with self._streaming:
+            with self._changed:
                 self._hang_up = None
-                self._streaming.notify_all()
+                self._changed.notify_all()
             self.end(reason)
 
     def answers(self, session: Session, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]:

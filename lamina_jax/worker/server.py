@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from lamina_jax.config import AttendConfig, SecurityConfig, host_and_port
 from lamina_jax.devices import choose_worker_devices
 from lamina_jax.exchange.control import KEEPALIVE, SERVICE
+from lamina_jax.exchange.grpc import stream_options
 from lamina_jax.exchange.security import check_address, read_token, server_tls
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
 from lamina_jax.pool.spec import WorkerSpec
@@ -30,8 +31,7 @@ FRAME_BYTES = 1 << 29
 _OPTIONS = (
     *KEEPALIVE,
     ("grpc.so_reuseport", 0),  # a port in use is an error
-    ("grpc.max_receive_message_length", FRAME_BYTES),
-    ("grpc.max_send_message_length", FRAME_BYTES),
+    *stream_options(FRAME_BYTES),
 )
 
 MakeSession = Callable[[WorkerSpec, Sequence[jax.Device]], Session]
@@ -54,27 +54,26 @@ class WorkerServer:
         host, port = host_and_port("listen", config.listen)
         check_address(host, security, "listen")
         self._config, self._make_session = config, make_session
-        self._tls, self._token = server_tls(security), read_token(security)
+        ssl_context, self._credentials = server_tls(security) or (None, None)
         self.leases = Leases(self._session)
         self._devices: Sequence[jax.Device] = ()
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
             ThreadPoolExecutor(MOST_CALLS, "grpc"),
-            interceptors=[TokenCheck(self._token)],
+            interceptors=[TokenCheck(read_token(security))],
             options=_OPTIONS,
             maximum_concurrent_rpcs=MOST_CALLS,
         )
         self.port = self._bind_grpc(host, port)
         self.metrics_port: int | None = None
-        with _naming("data_port", host, config.data_port):
-            context = None if self._tls is None else self._tls[0]
-            self._data = DataListener(host, config.data_port, self.leases, context)
         if config.metrics_port is not None:
             with _naming("metrics_port", "127.0.0.1", config.metrics_port):
                 metrics = WorkerMetrics(
                     self.leases, lambda: unused_memory(self._devices) if self._devices else 0
                 )
                 self.metrics_port = metrics.serve(config.metrics_port).server_port
+        with _naming("data_port", host, config.data_port):
+            self._data = DataListener(host, config.data_port, self.leases, ssl_context)
 
     def start(self) -> Facts:
         """Find the devices and answer from now on.
@@ -121,9 +120,9 @@ class WorkerServer:
             socket.create_server((host, port), family=family).close()
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             try:
-                if self._tls is None:
+                if self._credentials is None:
                     return self._grpc.add_insecure_port(address)
-                return self._grpc.add_secure_port(address, self._tls[1])
+                return self._grpc.add_secure_port(address, self._credentials)
             except RuntimeError as error:
                 raise OSError(str(error)) from None
 
