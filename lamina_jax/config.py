@@ -101,6 +101,10 @@ class EngineConfig:
         _one_of("partition", self.partition, ("heads", "requests", "tokens"))
         _one_of("exchange", self.exchange, ("auto", "local", "socket", "grpc"))
         _one_of("wire_dtype", self.wire_dtype, ("auto", "float32", "bfloat16"))
+        if self.partition != "heads" and self.placement == "collocated":
+            raise ConfigError(
+                f"partition={self.partition} is among workers, and placement=collocated has none"
+            )
         if self.attention and self.placement == "collocated":
             raise ConfigError("attention names workers, which placement=collocated has no use for")
         if self.attention and self.memory_devices:

@@ -32,13 +32,17 @@ class Devices:
 
 
 def choose_devices(
-    compute: str | None, memory: str | None, *, disaggregated: bool, num_kv_heads: int
+    compute: str | None, memory: str | None, *, disaggregated: bool, num_kv_heads: int | None
 ) -> Devices:
     """Find the devices named, or choose them.
 
     Left to itself, a disaggregated engine takes one accelerator for each mesh where there are two; on
     a CPU one virtual device computes, and as many as there are cores (and as divide the KV heads) hold
-    the cache, since XLA uses one core for an attention loop. A collocated engine takes one device.
+    the cache, since XLA uses one core for an attention loop. A collocated engine takes one device, and so
+    does one whose attention workers are elsewhere.
+
+    Args:
+        num_kv_heads: that memory devices are to share evenly; None: they share something else.
 
     Raises:
         ConfigError: a device that does not exist, or a number of memory devices that does not divide
@@ -54,7 +58,7 @@ def choose_devices(
             raise ConfigError("memory_devices is for placement=disaggregated: a collocated engine has none")
         return Devices(found_compute, found_compute)
     found_memory = _parse("memory_devices", memory) if memory else _default_memory(found_compute, workers)
-    if num_kv_heads % len(found_memory):
+    if num_kv_heads and num_kv_heads % len(found_memory):
         fitting = ", ".join(str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0)
         raise ConfigError(
             f"memory_devices={memory!r} names {len(found_memory)} devices, which do not divide the model's "
@@ -83,7 +87,9 @@ def _default_memory(compute: tuple[jax.Device, ...], workers: int) -> tuple[jax.
     return tuple(others[: workers if len(others) >= workers else 1])
 
 
-def _memory_devices_for(cores: int, num_kv_heads: int) -> int:
+def _memory_devices_for(cores: int, num_kv_heads: int | None) -> int:
+    if num_kv_heads is None:
+        return cores
     return max(n for n in range(1, min(cores, num_kv_heads) + 1) if num_kv_heads % n == 0)
 
 

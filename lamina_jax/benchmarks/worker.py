@@ -28,6 +28,7 @@ from lamina_jax.engine.prefill import plan_prefill
 from lamina_jax.engine.rows import LiveRequest
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler_config import SchedulerConfig
+from lamina_jax.exchange.local import LocalExchange
 
 
 def main() -> None:
@@ -36,7 +37,9 @@ def main() -> None:
     prompt = settings.pop("prompt", 0)
     engine = build_engine(EngineConfig(**settings))
     assert isinstance(engine.runner, CollocatedRunner | DisaggregatedRunner)
-    engine.runner.fill_pages(_random_pages)
+    pages = engine.runner if isinstance(engine.runner, CollocatedRunner) else engine.runner.exchange
+    if isinstance(pages, CollocatedRunner | LocalExchange):
+        pages.fill_pages(_random_pages)
     config = engine.scheduler.config
     plans = prefill_plans(config, prompt) if prompt else [decode_plans(config, batch, context)]
     run_steps(engine.runner, plans, 3)

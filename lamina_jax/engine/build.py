@@ -19,24 +19,23 @@ from jax.sharding import PartitionSpec as P
 from lamina_jax.compilation import CompilationCounter, Job, compile_all
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices, choose_devices
-from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket
-from lamina_jax.engine.budget import plan_budget
+from lamina_jax.engine.buckets import SMALLEST_BATCH
+from lamina_jax.engine.budget import available_on, plan_budget
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.compute import ComputeSide, step_shapes
-from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.limits import Limits, resolve_limits
+from lamina_jax.engine.memory_side import CachePlan, LocalMemory, MemorySide
 from lamina_jax.engine.placement import bytes_per_device, place_weight
-from lamina_jax.engine.programs import windows_of
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.warmup import measure_prefill
-from lamina_jax.exchange.local import LocalExchange
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import CheckpointError, read_config
 from lamina_jax.pool.geometry import CacheGeometry, HeadTable, head_table
-from lamina_jax.pool.shard import AttentionKind, AttentionShard, CachedPart
+from lamina_jax.pool.partition import Partition
+from lamina_jax.pool.shard import CachedPart
 from lamina_jax.slicing import Sliced, slice_at_attention
 from lamina_jax.weights.hub import HUB_ID, find_snapshot
 from lamina_jax.weights.loader import load_model
@@ -75,16 +74,19 @@ def build_engine(
     devices = choose_devices(
         config.compute_devices,
         config.memory_devices,
-        disaggregated=disaggregated,
-        num_kv_heads=shape.num_kv_heads,
+        disaggregated=disaggregated and config.attention is None,
+        num_kv_heads=shape.num_kv_heads if config.partition == "heads" else None,
     )
-    limits = resolve_limits(config, shape.max_position, share_silicon=devices.share_silicon)
+    memory = _memory_side(config, devices, cached_part, report) if disaggregated else None
+    limits = resolve_limits(
+        config,
+        shape.max_position,
+        share_silicon=memory.share_silicon if memory else True,
+        workers=memory.workers if memory else 1,
+    )
     mesh = Mesh(np.array(devices.compute), ("tensor",))
-    parts, copies = _collocated, 1
-    if disaggregated:
-        sides = len(devices.compute), len(devices.memory)
-        table = head_table(shape.num_heads, shape.num_kv_heads, *sides)
-        parts, copies = partial(_disaggregated, cached_part, table), table.copies
+    table = _table(shape, config, len(devices.compute), memory) if memory else None
+    copies = table.copies if table else 1
     report("loading weights", 0, 0)
     storage = _storage(config, shape, devices)
     model = build(shape, storage)
@@ -103,17 +105,29 @@ def build_engine(
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         dtype=str(storage.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
-        wire_dtype=str(storage.dtype),
+        wire_dtype=str(storage.dtype) if config.wire_dtype == "auto" else config.wire_dtype,
     )
     weight_bytes = bytes_per_device(jax.tree.leaves(params))
+    fraction = config.memory_fraction
     budget = plan_budget(
-        config, geometry, devices, weight_bytes=weight_bytes, max_model_len=limits.max_model_len
+        config,
+        geometry,
+        limits,
+        memory.available(fraction) if memory else available_on(devices, fraction),
+        weight_bytes=weight_bytes,
+        compute_devices=len(devices.compute),
     )
     log.info("memory budget\n%s", budget.table(config.page_size))
     geometry = replace(geometry, num_pages=budget.num_pages)
 
-    runner, pages, jobs = parts(sliced, params, geometry, mesh, devices, limits)
-    page_devices = _devices_of(pages)
+    sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
+    runner: ModelRunner
+    if memory and table:
+        runner, jobs = _disaggregated(memory, table, sliced, params, geometry, mesh, limits, sampler)
+        page_devices = memory.page_devices()
+    else:
+        runner, jobs = collocated = _collocated(sliced, params, geometry, mesh, limits, sampler)
+        page_devices = _devices_of(collocated[0].pages)
     compile_all(jobs, lambda done, total: report("compiling", done, total))
     scheduling = limits.scheduler(budget.num_pages, shape.vocab_size)
     if config.prefill_stall_ms < float("inf"):
@@ -139,50 +153,67 @@ def build_engine(
     )
 
 
+def _memory_side(
+    config: EngineConfig, devices: Devices, cached_part: CachedPart | None, report: Report
+) -> MemorySide:
+    if config.attention is None:
+        return LocalMemory(devices, cached_part)
+    if cached_part is not None:
+        raise ConfigError("cached_part runs in this process, and attention names workers elsewhere")
+    from lamina_jax.engine.remote_memory import RemoteMemory
+
+    return RemoteMemory(config, devices, report)
+
+
+def _table(shape: ModelConfig, config: EngineConfig, shards: int, memory: MemorySide) -> HeadTable:
+    """Which heads the compute devices exchange with the devices of one part of the cache."""
+    parts = 1 if config.partition == "heads" else memory.workers
+    return head_table(shape.num_heads, shape.num_kv_heads, shards, memory.workers * memory.devices // parts)
+
+
 def _disaggregated(
-    cached_part: CachedPart | None,
+    memory: MemorySide,
     table: HeadTable,
     sliced: Sliced,
     params: Any,
     geometry: CacheGeometry,
     mesh: Mesh,
-    devices: Devices,
     limits: Limits,
-) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
-    for piece in table.pieces:
-        log.info("%s and %s: %s", devices.compute[piece.shard], devices.memory[piece.worker], piece)
-    kinds = [AttentionKind(op.scale, op.softcap) for op in sliced.attentions]
-    windows = windows_of(sliced)
-    share = geometry.share(table.workers)
-    shards = [
-        AttentionShard(
-            share,
-            device,
-            windows,
-            kinds,
-            pieces=table.per_worker,
-            copies=table.copies,
-            cached_part=cached_part,
-        )
-        for device in devices.memory
-    ]
-    sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
-    compute = ComputeSide(sliced, params, mesh, table, limits.rows, sampler)
-    jobs: list[Job] = []
-    for bucket, cached in _buckets(limits):
+    sampler: Sampler,
+) -> tuple[ModelRunner, list[Job]]:
+    partition = Partition(limits.partition, limits.workers, geometry.num_pages, geometry.page_size)
+    for part in range(partition.workers):
+        for piece in table.pieces:
+            compute, holder = (
+                mesh.devices.flat[piece.shard],
+                memory.names[part * table.workers + piece.worker],
+            )
+            log.info("%s and %s: %s", compute, holder, piece)
+    compute = ComputeSide(
+        sliced,
+        params,
+        mesh,
+        table,
+        partition=partition,
+        wire_dtype=geometry.wire_dtype,
+        rows=limits.rows,
+        sampler=sampler,
+    )
+    plan = CachePlan(
+        geometry=geometry, partition=partition, table=table, mesh=mesh, limits=limits, sliced=sliced
+    )
+    exchange, jobs = memory.open(plan)
+    for bucket, cached in limits.buckets():
         jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
-        for shard in shards:
-            jobs += shard.jobs(bucket, limits.pages_per_request, cached=cached, overlap=limits.overlap)
-    runner = DisaggregatedRunner(compute, LocalExchange(shards, table, mesh), overlap=limits.overlap)
-    return runner, [pages for shard in shards for pages in shard.pages], jobs
+    return memory.runner(compute, exchange, overlap=limits.overlap), jobs
 
 
 def _collocated(
-    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, devices: Devices, limits: Limits
-) -> tuple[ModelRunner, list[jax.Array], list[Job]]:
-    if geometry.num_kv_heads % len(devices.compute):
+    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, limits: Limits, sampler: Sampler
+) -> tuple[CollocatedRunner, list[Job]]:
+    if geometry.num_kv_heads % mesh.size:
         raise ConfigError(
-            f"compute_devices names {len(devices.compute)} devices, which do not divide the model's "
+            f"compute_devices names {mesh.size} devices, which do not divide the model's "
             f"{geometry.num_kv_heads} KV heads"
         )
     runner = CollocatedRunner(
@@ -192,16 +223,9 @@ def _collocated(
         mesh,
         rows=limits.rows,
         pages_per_request=limits.pages_per_request,
-        sampler=Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len),
+        sampler=sampler,
     )
-    jobs = [job for bucket, cached in _buckets(limits) for job in runner.jobs(bucket, cached=cached)]
-    return runner, runner.pages, jobs
-
-
-def _buckets(limits: Limits) -> list[tuple[Bucket, bool]]:
-    """Every (B, Q), and whether it has a cached part."""
-    decode = [((rows, 1), True) for rows in limits.decode_buckets]
-    return decode + [(bucket, cached) for bucket in limits.prefill_buckets for cached in (False, True)]
+    return runner, [job for bucket, cached in limits.buckets() for job in runner.jobs(bucket, cached=cached)]
 
 
 def _devices_of(arrays: Sequence[jax.Array]) -> list[str]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
@@ -23,6 +24,7 @@ from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_block
 from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_shape
+from lamina_jax.pool.partition import Partition
 from lamina_jax.slicing import Sliced, Stage
 
 
@@ -47,14 +49,26 @@ class ComputeSide:
         params: its weights, on the compute mesh.
         mesh: the compute mesh, of one axis "tensor".
         table: which heads its devices exchange with which worker.
+        partition: how workers share the KV cache.
+        wire_dtype: of what is exchanged.
         rows: most rows of a microbatch.
         sampler: chooses tokens, on the compute mesh.
     """
 
     def __init__(
-        self, sliced: Sliced, params: Any, mesh: Mesh, table: HeadTable, rows: int, sampler: Sampler
+        self,
+        sliced: Sliced,
+        params: Any,
+        mesh: Mesh,
+        table: HeadTable,
+        *,
+        partition: Partition,
+        wire_dtype: str,
+        rows: int,
+        sampler: Sampler,
     ) -> None:
         self.num_slices, self._mesh, self._table = len(sliced.slices), mesh, table
+        self._partition, self._wire_dtype = partition, wire_dtype
         self._sliced, self._params, self._rows = sliced, params, rows
         self.place = NamedSharding(mesh, programs.WHOLE)
         self._heads, self._flat = NamedSharding(mesh, programs.HEADS), NamedSharding(mesh, programs.FLAT)
@@ -119,7 +133,7 @@ class ComputeSide:
     def jobs(self, bucket: Bucket, *, cached: bool, overlap: bool) -> Iterator[Job]:
         """What compiles the programs of one bucket: with a cached part or none, in two stages or one."""
         sliced = self._sliced.at(self._params, *step_shapes(bucket))
-        shape = Shape(*bucket, self._mesh, self._table.per_shard)
+        shape = self._shape(bucket)
         for index in range(self.num_slices):
             for form in _forms(index == self.num_slices - 1, cached and overlap):
                 stage, function, inputs = self._describe(sliced, shape, index, form, cached)
@@ -147,7 +161,7 @@ class ComputeSide:
     def _prompt_jobs(self, bucket: Bucket, cached: bool) -> Iterator[Job]:
         """The last slice once more, for the logits of PROMPT_ROWS places of a prompt."""
         sliced = self._sliced.at(self._params, *step_shapes(bucket, PROMPT_ROWS))
-        shape = Shape(*bucket, self._mesh, self._table.per_shard)
+        shape = self._shape(bucket)
         stage, function, inputs = self._describe(sliced, shape, self.num_slices - 1, "last", cached)
         key = ("prompt", bucket, cached)
         yield from self._job(f"logits of prompts {bucket}", key, function, inputs, out=self.place)
@@ -195,14 +209,26 @@ class ComputeSide:
     def _parts(self, sliced: Sliced, shape: Shape, layer: int, cached: bool) -> dict[str, Any]:
         """The shapes of the parts of attention `layer`."""
         op = sliced.attentions[layer].o
-        rows, queries, heads, size = shape.of(op)
-        local = (rows, queries, heads, size)
-        piece = message_shape((rows, queries, heads // len(self._table.pieces), size), op.dtype)
+        _, queries, heads, size = local = shape.of(op)
+        dtype = jnp.dtype(self._wire_dtype)
+        piece = message_shape((shape.sent_rows, queries, heads // len(self._table.pieces), size), dtype)
         message = self._struct((self._table.shards * piece.size,), piece.dtype, self._flat)
         return {
             "local": tuple(self._struct(dims, np.float32, self._heads) for dims in (local, local[:3])),
-            "cached": (message,) * self._table.per_shard if cached else (),
+            "cached": (message,) * (shape.parts * shape.segments * shape.pieces) if cached else (),
         }
+
+    def _shape(self, bucket: Bucket) -> Shape:
+        partition = self._partition
+        return Shape(
+            *bucket,
+            self._mesh,
+            self._wire_dtype,
+            pieces=self._table.per_shard,
+            # The rows of a prefill microbatch are all of one worker.
+            segments=partition.workers if partition.kind == "requests" and bucket[1] == 1 else 1,
+            parts=partition.workers if partition.kind == "tokens" else 1,
+        )
 
     def _out(self, form: Form) -> Any:
         """Where a program leaves what it returns: sent, q or the local part, early or the carry; logits."""

@@ -8,7 +8,6 @@ waits for no result, and a step's sampled tokens stay on the device for the next
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,10 +93,6 @@ class DisaggregatedRunner:
             "wire_messages_per_step": wire.messages / steps,
             "wire_metadata_bytes_per_step": wire.metadata_bytes / steps,
         }
-
-    def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
-        """Replace the pages of every layer and device; for benchmarks that do not prefill."""
-        self.exchange.fill_pages(fill)
 
     def _begin(self, plan: MicrobatchPlan) -> _InFlight:
         last = self._last.get(plan.microbatch, self._no_tokens)

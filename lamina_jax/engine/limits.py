@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lamina_jax.config import ConfigError, EngineConfig
-from lamina_jax.engine.buckets import decode_buckets, prefill_buckets
+from lamina_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 from lamina_jax.pool.partition import PartitionKind
 
@@ -40,6 +40,11 @@ class Limits:
     @property
     def prefill_buckets(self) -> tuple[tuple[int, int], ...]:
         return prefill_buckets(self.max_prefill_tokens, self.max_num_seqs)
+
+    def buckets(self) -> list[tuple[Bucket, bool]]:
+        """Every (B, Q), and whether it has a cached part."""
+        decode = [((rows, 1), True) for rows in self.decode_buckets]
+        return decode + [(bucket, cached) for bucket in self.prefill_buckets for cached in (False, True)]
 
     @property
     def pages_per_request(self) -> int:
@@ -91,7 +96,9 @@ def resolve_limits(
         max_num_seqs=config.max_num_seqs,
         max_prefill_tokens=config.max_prefill_tokens or min(max_model_len, DEFAULT_PREFILL_TOKENS),
         microbatches=chosen if config.microbatches == "auto" else config.microbatches,
-        overlap=config.overlap == "on" or (config.overlap == "auto" and not share_silicon),
+        # By token, q goes to every worker and k, v to one: they never share a message.
+        overlap=config.overlap == "on"
+        or (config.overlap == "auto" and (not share_silicon or config.partition == "tokens")),
         page_size=config.page_size,
         partition=config.partition,
         workers=1 if config.partition == "heads" else workers,

@@ -40,13 +40,29 @@ Form = Literal["query", "rest", "whole", "last"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The static half of a program beside its stage: B rows of Q tokens, the compute mesh over whose
-    axis "tensor" heads are cut, and in how many pieces each of its shards cuts its own for the workers."""
+    """The static half of a program beside its stage.
+
+    Attributes:
+        rows, queries: B rows of Q tokens.
+        mesh: the compute mesh, over whose axis "tensor" heads are cut.
+        wire_dtype: of what is sent and of o as it comes back.
+        pieces: in how many pieces each shard cuts its own heads for the workers.
+        segments: in how many segments rows are cut (a cache partitioned by request).
+        parts: how many cached parts come back for the same rows and heads (a cache partitioned by token).
+    """
 
     rows: int
     queries: int
     mesh: Mesh
+    wire_dtype: str
     pieces: int
+    segments: int = 1
+    parts: int = 1
+
+    @property
+    def sent_rows(self) -> int:
+        """Rows of a message."""
+        return self.rows // self.segments
 
     def of(self, x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         """The shape [B, Q, heads, H] of an x[T, heads, H]."""
@@ -69,7 +85,7 @@ class Inputs(NamedTuple):
             weights, and of the step tokens[T], positions[T], logits_at[B].
         carried: what crossed the boundary before this slice.
         local: the local part of the attention before; None in the first slice.
-        cached: its cached part, a message of each piece; empty where there is none.
+        cached: its cached part, a message of each part, segment and piece; empty where there is none.
         early: what this slice's first stage left for its second.
         q: this slice's q[B, Q, N, H], for its second stage.
         window: int32 scalar, the window of the attention after.
@@ -104,7 +120,7 @@ def query_stage(stage: Stage, shape: Shape, inputs: Inputs) -> QueryOutputs:
     """Stage 1 of a slice: everything that q needs."""
     q, *early = run_stage(stage, shape, inputs)
     q = shape.batched(q)
-    sent = shape.by_shard(lambda q: _cut((q,), shape.pieces), (HEADS,))(q)
+    sent = shape.by_shard(lambda q: _cut((q,), shape), (HEADS,))(q)
     return QueryOutputs(sent, q, tuple(early))
 
 
@@ -186,12 +202,11 @@ def _merged(inputs: Inputs, shape: Shape, aval: jax.ShapeDtypeStruct) -> jax.Arr
     """The output of the attention before, as `aval` says."""
 
     def merged(local: Part, cached: Arrays) -> jax.Array:
-        if not cached:
-            return merge([local])[0]
-        rows, queries, heads, size = local[0].shape
-        piece = (rows, queries, heads // len(cached), size)
-        o, lse = zip(*(unpack_part(message, piece, aval.dtype) for message in cached), strict=True)
-        return merge([local, (jnp.concatenate(o, axis=2), jnp.concatenate(lse, axis=2))])[0]
+        heads, size = local[0].shape[2] // shape.pieces, local[0].shape[3]
+        piece = (shape.sent_rows, shape.queries, heads, size)
+        pieces = [unpack_part(message, piece, jnp.dtype(shape.wire_dtype)) for message in cached]
+        joined = _joined(_joined(pieces, shape.pieces, axis=2), shape.segments, axis=0)
+        return merge([local, *joined])[0]
 
     o = shape.by_shard(merged, (HEADS, FLAT))(inputs.local, inputs.cached)
     return o.reshape(aval.shape).astype(aval.dtype)
@@ -204,12 +219,27 @@ def _attended(
 
     def attended(window: jax.Array, qkv: Arrays) -> tuple[Arrays, Part]:
         local = local_part(*qkv, scale=attention.scale, window=window, softcap=attention.softcap)
-        return _cut(qkv if send_q else qkv[1:], shape.pieces), local
+        return _cut(qkv if send_q else qkv[1:], shape), local
 
     return shape.by_shard(attended, (WHOLE, HEADS))(window, qkv)
 
 
-def _cut(arrays: Arrays, pieces: int) -> Arrays:
-    """Each array [B, Q, heads, H] cut along its heads, and its pieces joined with the others'."""
-    cut = [jnp.split(array, pieces, axis=2) for array in arrays]
-    return tuple(jnp.concatenate(piece, axis=2) for piece in zip(*cut, strict=True))
+def _cut(arrays: Arrays, shape: Shape) -> Arrays:
+    """Each array [B, Q, heads, H] cut along rows and heads; its pieces joined with those of the others."""
+    cut = [
+        [piece for rows in jnp.split(x, shape.segments) for piece in jnp.split(rows, shape.pieces, axis=2)]
+        for x in arrays
+    ]
+    pieces = [jnp.concatenate(piece, axis=2) for piece in zip(*cut, strict=True)]
+    return tuple(piece.astype(shape.wire_dtype) for piece in pieces)
+
+
+def _joined(
+    parts: list[tuple[jax.Array, jax.Array]], count: int, axis: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Every `count` parts in a row put together along an axis."""
+    groups = [parts[i : i + count] for i in range(0, len(parts), count)]
+    return [
+        (jnp.concatenate([o for o, _ in group], axis), jnp.concatenate([lse for _, lse in group], axis))
+        for group in groups
+    ]

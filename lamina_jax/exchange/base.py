@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,10 +22,10 @@ class WireCount:
     messages: int = 0
     metadata_bytes: int = 0
 
-    def add(self, message: jax.Array) -> None:
+    def count(self, nbytes: int) -> None:
         """Count one message."""
         self.messages += 1
-        self.tensor_bytes += message.nbytes
+        self.tensor_bytes += nbytes
 
 
 @runtime_checkable
@@ -35,27 +34,29 @@ class StepExchange(Protocol):
 
     A tensor is cut along its heads in c pieces by `lamina_jax.pool.geometry.HeadTable`. It is a tuple
     of c / t arrays, each sharded over the compute mesh with one piece of each of the t shards (so that
-    t = 1: one array of each piece). n, k: query and KV heads of a piece.
+    t = 1: one array of each piece); of a decode step over a cache that is partitioned by request, so many
+    for each worker's segment of the rows. b: rows of a segment; n, k: query and KV heads of a piece.
 
     A layer either sends q first and k, v when they are ready (`send_query`, `send_kv`), or all in one
     message (`send_all`). No call waits for the other side.
     """
 
     def send_query(self, layer: int, q: tuple[jax.Array, ...]) -> None:
-        """q[B, Q, t n, H] to the workers, which start on the cached part."""
+        """q[b, Q, t n, H] to the workers, which start on the cached part."""
         ...
 
     def send_kv(self, layer: int, kv: tuple[jax.Array, ...]) -> None:
-        """kv[B, Q, t 2k, H] (of each shard k's heads, then v's) to the workers, to be appended to pages.
+        """kv[b, Q, t 2k, H] (of each shard k's heads, then v's) to the workers, to be appended to pages.
         Of shards with the same KV heads the lowest one sends."""
         ...
 
     def send_all(self, layer: int, qkv: tuple[jax.Array, ...]) -> None:
-        """qkv[B, Q, t (n + 2k), H]: both of the above. Every shard sends its k and v, copies too."""
+        """qkv[b, Q, t (n + 2k), H]: both of the above. Every shard sends its k and v, copies too."""
         ...
 
     def receive(self, layer: int) -> tuple[jax.Array, ...]:
-        """The cached part: c / t arrays of t messages of `lamina_jax.pool.message`, on their shards."""
+        """The cached parts: c / t arrays of t messages of `lamina_jax.pool.message`, on their shards, for
+        each segment, or for each worker where the tokens are partitioned."""
         ...
 
 
@@ -69,8 +70,4 @@ class Exchange(Protocol):
 
     def begin(self, plan: MicrobatchPlan) -> StepExchange:
         """Tell every worker the step's pages, slots and lengths."""
-        ...
-
-    def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
-        """Replace the pages of every layer and device by `fill` of them; for benchmarks."""
         ...

@@ -23,7 +23,7 @@ class Kind(IntEnum):
     """What a frame is. Its payload, B rows of Q new tokens (T = B Q), for each of a worker's pieces in turn:
 
     HELLO: the session's id; the first frame of a socket.
-    BEGIN: a microbatch's `StepMetadata` for this worker, after int32 B, Q and whether it has a cached part.
+    BEGIN: int32 B, Q, then a microbatch's `StepMetadata` for this worker.
     QUERY: q[B, Q, n, H]; an ANSWER follows.
     KV: kv[B, Q, 2k, H], k's heads, then v's; of a cache cut by token only the tokens kept there, [T', 2k, H].
     QKV: qkv[B, Q, n + 2k, H]; an ANSWER follows.

@@ -5,7 +5,8 @@ Every send queues the consumer's program behind the copy, so that the host is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -13,82 +14,109 @@ from jax.sharding import PartitionSpec as P
 
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.exchange.base import WireCount
-from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of
+from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.metadata import StepMetadata
+from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shard import AttentionShard, Bucket
 
 
 class LocalExchange:
-    """Between `mesh`, the compute mesh, and `shards`, one of each worker of the head table.
+    """Between `mesh`, the compute mesh, and the memory devices of this process.
 
     A message goes from the device that computed it to the device that reads it, and to no other.
+
+    Args:
+        shards: one of each memory device; those of one part of the cache follow each other.
+        table: which heads the compute mesh exchanges with each shard of a part.
+        partition: how the parts share the cache.
     """
 
-    def __init__(self, shards: Sequence[AttentionShard], table: HeadTable, mesh: Mesh) -> None:
-        self.shards, self.table = tuple(shards), table
+    def __init__(
+        self, shards: Sequence[AttentionShard], table: HeadTable, mesh: Mesh, partition: Partition
+    ) -> None:
+        self.shards, self.table, self.partition = tuple(shards), table, partition
         self.joined = NamedSharding(mesh, P(*mesh.axis_names))
         compute = list(mesh.devices.flat)
         self.homes = [compute[piece.shard] for piece in table.pieces]
-        self.pieces = [table.of_worker(worker) for worker in range(table.workers)]
-        self.kv_pieces = [[j for j in pieces if table.pieces[j].sends_kv] for pieces in self.pieces]
         self.wire, self.programs_queued = WireCount(), 0
 
     def begin(self, plan: MicrobatchPlan) -> LocalStep:
-        metadata = [shard.begin(plan) for shard in self.shards]
-        self.wire.metadata_bytes += sum(array.nbytes for meta in metadata for array in meta)
-        return LocalStep(self, plan.bucket, metadata)
+        told = self.partition.split(plan)
+        targets = []
+        for part, segment in routes(self.partition, plan):
+            host = told[part]
+            assert host is not None, f"part {part} takes part in {plan.kind} and is told nothing"
+            bucket = host.positions.shape
+            for worker in range(self.table.workers):
+                shard = self.shards[part * self.table.workers + worker]
+                self.wire.metadata_bytes += sum(array.nbytes for array in host)
+                pieces = self.table.of_worker(worker)
+                targets.append(_Target(shard, bucket, shard.begin(host), segment, pieces))
+        return LocalStep(self, targets)
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
-        """Replace the pages of every layer and device by `fill` of them."""
+        """Replace the pages of every layer and device by `fill` of them; for benchmarks."""
         for shard in self.shards:
             shard.pages = list(map(fill, shard.pages))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A shard in one microbatch's step: its rows, what it was told, and which messages it is sent."""
+
+    shard: AttentionShard
+    bucket: Bucket
+    meta: StepMetadata
+    segment: int
+    pieces: range
 
 
 class LocalStep:
     """One microbatch's step; see `lamina_jax.exchange.base.StepExchange`."""
 
-    def __init__(self, exchange: LocalExchange, bucket: Bucket, metadata: list[StepMetadata]) -> None:
-        self._exchange, self._bucket, self._metadata = exchange, bucket, metadata
+    def __init__(self, exchange: LocalExchange, targets: list[_Target]) -> None:
+        self._exchange, self._targets = exchange, targets
         self._returned: dict[int, list[jax.Array]] = {}
 
     def send_query(self, layer: int, q: Arrays) -> None:
-        sent = self._sent(q, self._exchange.pieces)
-        self._returned[layer] = self._back(
-            part
-            for shard, meta, pieces in zip(self._exchange.shards, self._metadata, sent, strict=True)
-            for part in shard.attend(layer, self._bucket, meta, pieces)
-        )
+        self._returned[layer] = [
+            answer
+            for target, sent in self._sent(q)
+            for answer in self._back(target, target.shard.attend(layer, target.bucket, target.meta, sent))
+        ]
 
     def send_kv(self, layer: int, kv: Arrays) -> None:
-        sent = self._sent(kv, self._exchange.kv_pieces)
-        for shard, meta, pieces in zip(self._exchange.shards, self._metadata, sent, strict=True):
-            shard.append(layer, self._bucket, meta, pieces)
+        for target, sent in self._sent(kv, kv_alone=True):
+            target.shard.append(layer, target.bucket, target.meta, sent)
 
     def send_all(self, layer: int, qkv: Arrays) -> None:
-        sent = self._sent(qkv, self._exchange.pieces)
-        self._returned[layer] = self._back(
-            part
-            for shard, meta, pieces in zip(self._exchange.shards, self._metadata, sent, strict=True)
-            for part in shard.append_and_attend(layer, self._bucket, meta, pieces)
-        )
+        self._returned[layer] = [
+            answer
+            for target, sent in self._sent(qkv)
+            for answer in self._back(
+                target, target.shard.append_and_attend(layer, target.bucket, target.meta, sent)
+            )
+        ]
 
     def receive(self, layer: int) -> Arrays:
         return arrays_of(self._returned.pop(layer), self._exchange.table, self._exchange.joined)
 
-    def _sent(self, arrays: Arrays, wanted: Sequence[Sequence[int]]) -> Iterator[Arrays]:
-        """Of each worker its messages, on its device."""
-        messages = messages_of(arrays, self._exchange.table)
-        for shard, pieces in zip(self._exchange.shards, wanted, strict=True):
+    def _sent(self, arrays: Arrays, *, kv_alone: bool = False) -> Iterator[tuple[_Target, Arrays]]:
+        """Every target with its messages, on its device."""
+        table = self._exchange.table
+        segments = {target.segment for target in self._targets}
+        messages = {segment: messages_of(arrays, table, segment) for segment in segments}
+        for target in self._targets:
             self._exchange.programs_queued += 1  # that takes them
-            yield tuple([self._put(messages[j], shard.device) for j in pieces])
+            wanted = [j for j in target.pieces if table.pieces[j].sends_kv or not kv_alone]
+            yield target, tuple([self._put(messages[target.segment][j], target.shard.device) for j in wanted])
 
-    def _back(self, messages: Iterable[jax.Array]) -> list[jax.Array]:
-        return [
-            self._put(message, home) for message, home in zip(messages, self._exchange.homes, strict=True)
-        ]
+    def _back(self, target: _Target, messages: Arrays) -> list[jax.Array]:
+        homes = self._exchange.homes[target.pieces.start : target.pieces.stop]
+        return [self._put(message, home) for message, home in zip(messages, homes, strict=True)]
 
     def _put(self, message: jax.Array, device: jax.Device) -> jax.Array:
         # A device as such is the cheaper destination of a copy: half the host's time of a sharding.
-        self._exchange.wire.add(message)
+        self._exchange.wire.count(message.nbytes)
         return jax.device_put(message, device)

@@ -1,36 +1,54 @@
 """Between the compute mesh's arrays and the messages of the head table, one of each piece.
 
-A compute program returns c / t arrays, each of which holds one piece of each of the t shards; piece j
-is shard j // (c / t) of array j % (c / t). Taking them apart and putting them together copies nothing.
+A compute program returns c / t arrays for each segment of its rows. Each array holds one piece of each of
+the t shards: piece j is shard j // (c / t) of array j % (c / t). Taking them apart and putting them
+together copies nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
+from lamina_jax.core import MicrobatchPlan
 from lamina_jax.pool.geometry import HeadTable
+from lamina_jax.pool.partition import Partition
 
 Arrays = tuple[jax.Array, ...]
 
 
-def messages_of(arrays: Arrays, table: HeadTable) -> Sequence[jax.Array]:
-    """The c messages in c / t arrays, each on its shard's device."""
+def routes(partition: Partition, plan: MicrobatchPlan) -> list[tuple[int, int]]:
+    """(part, segment): which part of the cache takes part in a microbatch, and which segment of its rows
+    it is sent; in the order in which the next slice takes the answers."""
+    if partition.kind != "requests":
+        return [(part, 0) for part in range(partition.workers)]
+    if plan.worker is not None:
+        return [(plan.worker, 0)]
+    return [(part, part) for part in range(partition.workers)]
+
+
+def messages_of(arrays: Arrays, table: HeadTable, segment: int = 0) -> Sequence[jax.Array]:
+    """The c messages of one segment, each on its shard's device."""
+    count = table.per_shard
+    arrays = arrays[segment * count : (segment + 1) * count]
     if table.shards == 1:
         return arrays
-    count = table.per_shard
     return [arrays[j % count].addressable_data(j // count) for j in range(len(table.pieces))]
 
 
-def arrays_of(messages: Sequence[jax.Array], table: HeadTable, sharding: Sharding) -> Arrays:
-    """The inverse, for flat messages [size], each on its shard's device: c / t arrays [t size]."""
+def arrays_of(messages: Sequence[Any], table: HeadTable, sharding: Sharding) -> Arrays:
+    """The inverse, for flat messages [size], each on its shard's device: of every c messages c / t arrays
+    [t size]."""
     if table.shards == 1:
         return tuple(messages)
-    count = table.per_shard
-    shape = (table.shards * messages[0].size,)
+    shape, pieces, count = (table.shards * messages[0].size,), len(table.pieces), table.per_shard
     return tuple(
-        jax.make_array_from_single_device_arrays(shape, sharding, list(messages[i::count]))
+        jax.make_array_from_single_device_arrays(
+            shape, sharding, list(messages[start + i : start + pieces : count])
+        )
+        for start in range(0, len(messages), pieces)
         for i in range(count)
     )

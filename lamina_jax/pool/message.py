@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from lamina_jax.ops import Part
@@ -33,3 +34,8 @@ def message_shape(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> jax.Sha
     """Shape and dtype of the message for o of `shape` and `dtype`."""
     structs = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     return jax.eval_shape(pack_part, *structs)
+
+
+def message_dtype(wire_dtype: str) -> np.dtype:
+    """Of the message for o of `wire_dtype`."""
+    return np.dtype(np.float32 if wire_dtype == "float32" else np.uint16)

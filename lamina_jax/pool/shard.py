@@ -12,16 +12,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.compilation import Compilation, Job
-from lamina_jax.core import MicrobatchPlan
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import pack_part
-from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
+from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
 from pallas_kernels import append_kv, paged_attention
 
 Arrays = tuple[jax.Array, ...]
+Messages = tuple[jax.Array | np.ndarray, ...]
+"""What a shard is sent: on its device, or on the host where that is the same memory."""
+
 Bucket = tuple[int, int]
 
 
@@ -73,23 +76,23 @@ class AttentionShard:
 
     # What a step does -------------------------------------------------------------------------------
 
-    def begin(self, plan: MicrobatchPlan) -> StepMetadata:
+    def begin(self, told: StepMetadata) -> StepMetadata:
         """Bring a microbatch's metadata to the device."""
-        return jax.device_put(metadata_of(plan), self.device)
+        return jax.device_put(told, self.device)
 
-    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: Arrays) -> Arrays:
+    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: Messages) -> Arrays:
         """The cached part of each piece q[B, Q, n, H] as a message (`lamina_jax.pool.message`), o in q's
         dtype."""
         program = self._programs["attend", bucket, self._kinds[layer]]
         return program(self._pages[layer], self._windows[layer], meta, q)
 
-    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: Arrays) -> None:
+    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: Messages) -> None:
         """Keep kv[B, Q, 2k, H] (k's heads, then v's) of each piece that is no copy of the one before in
         the pages that the step names."""
         program = self._programs["append", bucket, None]
         self._pages[layer] = program(self._pages[layer], meta.slots, kv)
 
-    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: Arrays) -> Arrays:
+    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: Messages) -> Arrays:
         """Both for messages qkv[B, Q, n + 2k, H] of all pieces; the cached part does not see the new
         tokens."""
         program = self._programs["both", bucket, self._kinds[layer]]

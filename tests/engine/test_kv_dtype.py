@@ -36,7 +36,8 @@ def pages_of(engine: Engine) -> list[np.ndarray]:
         pages.append(np.asarray(array))
         return array
 
-    engine.runner.fill_pages(keep)  # type: ignore[attr-defined]
+    runner: Any = engine.runner
+    getattr(runner, "exchange", runner).fill_pages(keep)
     return pages
 
 

@@ -1,0 +1,147 @@
+"""The memory side of a disaggregated engine: what there is of it, and the exchange with it.
+
+Here it is a second mesh of this process; `lamina_jax.engine.remote_memory` has workers elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jax.sharding import Mesh
+
+from lamina_jax.compilation import Job
+from lamina_jax.devices import Devices
+from lamina_jax.engine.buckets import Bucket
+from lamina_jax.engine.budget import Available, available_on
+from lamina_jax.engine.compute import ComputeSide
+from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.limits import Limits
+from lamina_jax.engine.programs import windows_of
+from lamina_jax.exchange.base import Exchange
+from lamina_jax.exchange.local import LocalExchange
+from lamina_jax.pool.geometry import CacheGeometry, HeadTable
+from lamina_jax.pool.partition import Partition
+from lamina_jax.pool.shard import AttentionKind, AttentionShard, CachedPart
+from lamina_jax.slicing import Sliced
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What the memory side is to hold, and for whom.
+
+    Attributes:
+        geometry: of the whole cache, with the pages of each part.
+        partition: how the parts share it; `table`: how the devices of a part share its heads with those
+            of `mesh`, the compute mesh.
+        limits: lengths and buckets.
+        sliced: says what each attention is.
+    """
+
+    geometry: CacheGeometry
+    partition: Partition
+    table: HeadTable
+    mesh: Mesh
+    limits: Limits
+    sliced: Sliced
+
+    @property
+    def windows(self) -> list[int]:
+        return windows_of(self.sliced)
+
+    @property
+    def kinds(self) -> list[AttentionKind]:
+        return [AttentionKind(op.scale, op.softcap) for op in self.sliced.attentions]
+
+    @property
+    def pages_per_request(self) -> int:
+        """The width of a part's block tables."""
+        return self.partition.table_width(self.limits.pages_per_request)
+
+    def buckets(self) -> Iterator[tuple[Bucket, bool]]:
+        """(B, Q) as each part is sent them, and whether with a cached part."""
+        for (rows, queries), cached in self.limits.buckets():
+            cut = self.partition.kind == "requests" and queries == 1
+            yield (rows // self.partition.workers if cut else rows, queries), cached
+
+
+@runtime_checkable
+class MemorySide(Protocol):
+    """Where the KV cache is.
+
+    Attributes:
+        workers: W, among which `EngineConfig.partition` divides the cache.
+        devices: of each worker.
+        names: of all devices, for the log.
+        share_silicon: whether work here takes time from the compute mesh.
+    """
+
+    workers: int
+    devices: int
+    names: Sequence[str]
+    share_silicon: bool
+
+    def available(self, fraction: float | None) -> Available:
+        """Memory for pages, of all workers together."""
+        ...
+
+    def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
+        """The exchange, which works once the jobs are done."""
+        ...
+
+    def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> DisaggregatedRunner:
+        """What runs steps over the exchange."""
+        ...
+
+    def page_devices(self) -> list[str]:
+        """Where pages are."""
+        ...
+
+
+class LocalMemory:
+    """Devices of this process, each of them a worker.
+
+    Args:
+        cached_part: what computes attention; None: the platform's kernel.
+    """
+
+    devices = 1
+
+    def __init__(self, devices: Devices, cached_part: CachedPart | None) -> None:
+        self._devices, self._cached_part = devices, cached_part
+        self._shards: list[AttentionShard] = []
+        self.workers = len(devices.memory)
+        self.names: Sequence[str] = [str(device) for device in devices.memory]
+        self.share_silicon = devices.share_silicon
+
+    def available(self, fraction: float | None) -> Available:
+        return available_on(self._devices, fraction)
+
+    def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
+        share = plan.geometry.share(plan.table.workers)
+        self._shards = [
+            AttentionShard(
+                share,
+                device,
+                plan.windows,
+                plan.kinds,
+                pieces=plan.table.per_worker,
+                copies=plan.table.copies,
+                cached_part=self._cached_part,
+            )
+            for device in self._devices.memory
+        ]
+        jobs = [
+            job
+            for bucket, cached in plan.buckets()
+            for shard in self._shards
+            for job in shard.jobs(bucket, plan.pages_per_request, cached=cached, overlap=plan.limits.overlap)
+        ]
+        return LocalExchange(self._shards, plan.table, plan.mesh, plan.partition), jobs
+
+    def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> DisaggregatedRunner:
+        return DisaggregatedRunner(compute, exchange, overlap=overlap)
+
+    def page_devices(self) -> list[str]:
+        return sorted({str(d) for shard in self._shards for pages in shard.pages for d in pages.devices()})

@@ -1,0 +1,234 @@
+"""The exchange with attention workers in other processes, over any channel.
+
+Frames to a worker are sent in order by the sender; answers are received by the decode loop's own thread,
+which waits for them in `receive` and nowhere else. A worker that is lost raises `WorkerLost` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lamina_jax.core import MicrobatchPlan, WorkerLost
+from lamina_jax.exchange.base import WireCount
+from lamina_jax.exchange.channel import Channel, ChannelClosed
+from lamina_jax.exchange.frames import Header, Kind, ProtocolError
+from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
+from lamina_jax.exchange.sender import Outgoing, Sender
+from lamina_jax.pool.geometry import HeadTable
+from lamina_jax.pool.message import message_dtype
+from lamina_jax.pool.metadata import StepMetadata
+from lamina_jax.pool.partition import Partition
+
+MOST_REASON_BYTES = 4096
+"""Of the text in which a worker says why it gives up."""
+
+SOCKET_BYTES = 128 * 1024
+"""Answers of this size fit the buffers of any connection, so that sending them holds no worker up."""
+
+MOST_KEPT = 64
+"""Answers that came before anybody wanted them: of each microbatch one, its last layer's."""
+
+CLOSE_SECONDS = 1.0
+
+
+class Worker:
+    """One attention worker: its address, and the channel to it.
+
+    Args:
+        most_bytes: of an answer.
+    """
+
+    def __init__(self, address: str, channel: Channel, most_bytes: int) -> None:
+        self.address, self.channel, self._most_bytes = address, channel, most_bytes
+        self.due_bytes = 0  # of the answers that have not come
+        self._reason: str | None = None
+        self._kept: dict[Header, np.ndarray] = {}
+
+    def lose(self, reason: str) -> None:
+        """Note the first reason, and wake whoever waits for the worker; from any thread."""
+        self._reason = self._reason or reason
+        self.channel.close()
+
+    def begin(self, microbatch: int) -> None:
+        """A step of a microbatch begins: nobody comes for answers of the one before."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key.microbatch != microbatch}
+
+    def answer(self, wanted: Header) -> np.ndarray:
+        """Wait for the answer with this microbatch, layer, step and length. Others are kept for later.
+
+        Raises:
+            WorkerLost: it will not come.
+        """
+        while wanted not in self._kept:
+            try:
+                header, payload = self.channel.receive(self._room)
+            except (ChannelClosed, ProtocolError) as error:
+                self.lose(str(error))
+                break
+            payload = payload[: header.length]
+            if header.kind == Kind.FAILED:
+                self.lose(payload.tobytes().decode(errors="replace"))
+                break
+            self.due_bytes -= header.length
+            self._kept[header._replace(received_ns=0, done_ns=0)] = payload
+            if len(self._kept) > MOST_KEPT:
+                self.lose(f"it sends answers that nobody asked for, such as {header}")
+                break
+        else:
+            return self._kept.pop(wanted)
+        raise WorkerLost(self.address, self._reason or "")
+
+    def _room(self, header: Header) -> int:
+        most = {Kind.ANSWER: self._most_bytes, Kind.FAILED: MOST_REASON_BYTES}.get(header.kind, -1)
+        if header.length > most:
+            raise ProtocolError(f"a worker sends no {header}")
+        return header.length
+
+
+class RemoteExchange:
+    """Between `mesh`, the compute mesh, and workers; see `lamina_jax.exchange.base.Exchange`.
+
+    Args:
+        workers: those of one part of the cache follow each other.
+        devices: of each worker; so many of the table's workers in a row are one process.
+        table: which heads the compute mesh exchanges with each device of a part.
+        partition: how the parts share the cache.
+        wire_dtype, head_dim: of what is exchanged.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        devices: int,
+        table: HeadTable,
+        mesh: Mesh,
+        partition: Partition,
+        *,
+        wire_dtype: str,
+        head_dim: int,
+    ) -> None:
+        self.workers, self.table, self.partition = tuple(workers), table, partition
+        self.joined = NamedSharding(mesh, P(*mesh.axis_names))
+        self.message_dtype = message_dtype(wire_dtype)
+        self._heads, self._head_dim = table.pieces[0].q_stop, head_dim
+        self._compute = list(mesh.devices.flat)
+        self._in_place = len(self._compute) == 1 and self._compute[0].platform == "cpu"
+        self._pieces = [
+            range(i, i + devices * table.per_worker)
+            for i in range(0, len(table.pieces), devices * table.per_worker)
+        ]
+        self.wire, self.programs_queued = WireCount(), 0
+        self.sender, self._steps = Sender(), 0
+
+    def begin(self, plan: MicrobatchPlan) -> RemoteStep:
+        self._steps = self._steps + 1 & 0xFFFFFFFF
+        header = Header(Kind.BEGIN, 0, plan.microbatch, 0, self._steps)
+        told = self.partition.split(plan)
+        return RemoteStep(self, header, list(self._targets(header, routes(self.partition, plan), told)))
+
+    def _targets(
+        self, header: Header, routes: list[tuple[int, int]], told: Sequence[StepMetadata | None]
+    ) -> Iterator[_Target]:
+        """Every worker that takes part, which is told its part of the step."""
+        for part, segment in routes:
+            metadata = told[part]
+            assert metadata is not None, f"part {part} takes part in a step and is told nothing"
+            rows, queries = metadata.positions.shape
+            tokens = None
+            if self.partition.kind == "tokens":
+                tokens, slots = self._kept_tokens(metadata.slots)
+                metadata = metadata._replace(slots=slots)
+            numbers = np.concatenate(
+                [np.array([rows, queries], np.int32), *[array.reshape(-1) for array in metadata]]
+            )
+            for i, pieces in enumerate(self._pieces):
+                worker = self.workers[part * len(self._pieces) + i]
+                worker.begin(header.microbatch)
+                self.wire.metadata_bytes += numbers.nbytes
+                self.send(worker, Outgoing(worker.channel, header, (numbers,)))
+                size = rows * queries * self._heads * (self._head_dim + 4 // self.message_dtype.itemsize)
+                yield _Target(worker, segment, pieces, tokens, size * self.message_dtype.itemsize)
+
+    def send(self, worker: Worker, frame: Outgoing) -> None:
+        """Send a frame when its arrays have been computed; returns at once."""
+        self.sender.send(frame, at_once=worker.due_bytes <= SOCKET_BYTES)
+
+    def _kept_tokens(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that a worker keeps, and `slots` with theirs first and padding behind them."""
+        tokens = self.partition.kept(slots)
+        compact = np.full_like(slots, self.partition.padding_slot)
+        compact.reshape(-1)[: len(tokens)] = slots.reshape(-1)[tokens]
+        return tokens, compact
+
+    def place(self, message: np.ndarray, piece: int) -> jax.Array | np.ndarray:
+        """A message where its shard's program reads it; on a CPU of one shard, where it is."""
+        if self._in_place:
+            return message
+        return jax.device_put(message, self._compute[self.table.pieces[piece].shard])
+
+    def close(self) -> None:
+        """End the connections; what waits for them gets `WorkerLost`."""
+        for worker in self.workers:
+            worker.lose("the engine has closed the connection")
+        self.sender.close(CLOSE_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A worker in one microbatch's step: which segment of the rows and which pieces it is sent, which
+    tokens it keeps (None: all), and the bytes of one piece of its answer."""
+
+    worker: Worker
+    segment: int
+    pieces: range
+    tokens: np.ndarray | None
+    answer_bytes: int
+
+
+class RemoteStep:
+    """One microbatch's step; see `lamina_jax.exchange.base.StepExchange`."""
+
+    def __init__(self, exchange: RemoteExchange, header: Header, targets: list[_Target]) -> None:
+        self._exchange, self._header, self._targets = exchange, header, targets
+
+    def send_query(self, layer: int, q: Arrays) -> None:
+        self._send(Kind.QUERY, layer, q)
+
+    def send_kv(self, layer: int, kv: Arrays) -> None:
+        self._send(Kind.KV, layer, kv)
+
+    def send_all(self, layer: int, qkv: Arrays) -> None:
+        self._send(Kind.QKV, layer, qkv)
+
+    def receive(self, layer: int) -> Arrays:
+        exchange, found = self._exchange, []
+        for target in self._targets:
+            length = len(target.pieces) * target.answer_bytes
+            wanted = self._header._replace(kind=Kind.ANSWER, layer=layer, length=length)
+            answer = target.worker.answer(wanted).view(exchange.message_dtype)
+            exchange.wire.count(length)
+            messages = answer.reshape(len(target.pieces), -1)
+            found += [exchange.place(*pair) for pair in zip(messages, target.pieces, strict=True)]
+        return arrays_of(found, exchange.table, exchange.joined)
+
+    def _send(self, kind: Kind, layer: int, arrays: Arrays) -> None:
+        table, header = self._exchange.table, self._header._replace(kind=kind, layer=layer)
+        segments = {target.segment for target in self._targets}
+        messages = {segment: messages_of(arrays, table, segment) for segment in segments}
+        for target in self._targets:
+            pieces = [j for j in target.pieces if table.pieces[j].sends_kv or kind != Kind.KV]
+            sent = [messages[target.segment][j] for j in pieces]
+            tokens = target.tokens if kind == Kind.KV else None
+            if tokens is not None and not len(tokens):
+                continue
+            frame = Outgoing(target.worker.channel, header, sent, tokens)
+            self._exchange.wire.count(frame.nbytes)
+            self._exchange.send(target.worker, frame)
+            if kind != Kind.KV:
+                target.worker.due_bytes += len(target.pieces) * target.answer_bytes

@@ -1,0 +1,190 @@
+"""An attention worker's side of one lease: frames in, answers out.
+
+It has the KV pages of one engine and the programs over them. It knows nothing of sockets, gRPC or leases:
+whoever carries the frames runs `answers`, and drops the session when the lease ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamina_jax.compilation import Job
+from lamina_jax.config import ConfigError
+from lamina_jax.exchange.channel import Frame
+from lamina_jax.exchange.frames import Header, Kind, ProtocolError
+from lamina_jax.pool.metadata import StepMetadata
+from lamina_jax.pool.shard import AttentionKind, AttentionShard, Bucket, Messages
+from lamina_jax.pool.spec import WorkerSpec
+
+MOST_MICROBATCHES = 16
+"""That an engine may have begun; it has n and one of prefill."""
+
+Answer = tuple[Header, list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A microbatch's step: its shapes, and what each device was told."""
+
+    bucket: Bucket
+    told: list[StepMetadata]
+
+
+class Session:
+    """The share of the KV cache that `spec` describes, on the first `spec.devices` of `devices`.
+
+    Raises:
+        ConfigError: too few devices, or heads that they cannot share.
+    """
+
+    def __init__(self, spec: WorkerSpec, devices: Sequence[jax.Device]) -> None:
+        g = spec.geometry
+        if len(devices) < spec.devices:
+            raise ConfigError(f"{spec.devices} devices are asked for, this worker has {len(devices)}")
+        if spec.devices < 1 or g.num_kv_heads % spec.devices:
+            raise ConfigError(f"{spec.devices} devices cannot share {g.num_kv_heads} KV heads")
+        self._spec, self._wire = spec, jnp.dtype(g.wire_dtype)
+        kinds = [AttentionKind(*kind) for kind in zip(spec.scales, spec.softcaps, strict=True)]
+        self._shards = [
+            AttentionShard(
+                g.share(spec.devices), device, spec.windows, kinds, pieces=spec.pieces, copies=spec.copies
+            )
+            for device in devices[: spec.devices]
+        ]
+        self._buckets = {(rows, queries) for rows, queries, _ in spec.buckets}
+        self._begun: dict[int, _Begun] = {}
+        self._frames = 0
+
+    def jobs(self) -> Iterator[Job]:
+        """What compiles the programs."""
+        spec = self._spec
+        for rows, queries, cached in spec.buckets:
+            for shard in self._shards:
+                yield from shard.jobs(
+                    (rows, queries), spec.pages_per_request, cached=cached, overlap=spec.overlap
+                )
+
+    def stats(self) -> dict[str, int]:
+        """Frames so far, pages, and bytes of all pages."""
+        g = self._spec.geometry
+        return {"frames": self._frames, "pages": g.num_pages, "page_bytes": g.num_pages * g.bytes_per_page}
+
+    def room(self, header: Header) -> int:
+        """The bytes that a frame has, and not one more; see `lamina_jax.exchange.channel.Room`.
+
+        Raises:
+            ProtocolError: a frame that an engine does not send, or not now, or of another size.
+        """
+        if header.kind == Kind.BEGIN:
+            sizes = {self._begin_bytes(bucket) for bucket in self._buckets}
+            if header.length not in sizes or header.microbatch >= MOST_MICROBATCHES:
+                raise ProtocolError(f"no microbatch begins with {header}")
+            return header.length
+        if header.kind not in (Kind.QUERY, Kind.KV, Kind.QKV) or header.microbatch not in self._begun:
+            raise ProtocolError(f"{header} before its microbatch has begun, or no frame of an engine")
+        if header.layer >= self._spec.geometry.num_layers:
+            raise ProtocolError(f"{header} is beyond the {self._spec.geometry.num_layers} layers")
+        shape = self._shape(header)
+        size = math.prod(shape) * self._wire.itemsize
+        shorter = self._spec.by_token and header.kind == Kind.KV
+        if header.length != size and not (shorter and header.length <= size):
+            raise ProtocolError(f"{header} should have {size} bytes")
+        return size
+
+    def answers(self, frames: Iterable[Frame]) -> Iterator[Answer]:
+        """Do what the frames say, in order; yields the answer of each query."""
+        for header, payload in frames:
+            received = time.monotonic_ns()
+            self._frames += 1
+            if header.kind == Kind.BEGIN:
+                self._begin(header, payload)
+                continue
+            begun = self._begun[header.microbatch]
+            parts: list[jax.Array] = []
+            for shard, told, sent in zip(self._shards, begun.told, self._sent(header, payload), strict=True):
+                match header.kind:
+                    case Kind.QUERY:
+                        parts += shard.attend(header.layer, begun.bucket, told, sent)
+                    case Kind.KV:
+                        shard.append(header.layer, begun.bucket, told, sent)
+                    case Kind.QKV:
+                        parts += shard.append_and_attend(header.layer, begun.bucket, told, sent)
+            if header.kind != Kind.KV:
+                messages = [np.asarray(part) for part in parts]
+                length = sum(message.nbytes for message in messages)
+                times = {"received_ns": received, "done_ns": time.monotonic_ns()}
+                yield header._replace(kind=Kind.ANSWER, length=length, **times), messages
+
+    def _begin(self, header: Header, payload: np.ndarray) -> None:
+        numbers = payload[: header.length].view(np.int32)
+        rows, queries = bucket = int(numbers[0]), int(numbers[1])
+        if bucket not in self._buckets or self._begin_bytes(bucket) != header.length:
+            raise ProtocolError(f"a microbatch of {bucket} was not announced: {sorted(self._buckets)} were")
+        tokens, table = rows * queries, rows * self._spec.pages_per_request
+        ends = np.cumsum([2, table, rows, table, tokens])
+        _, tables, lens, places, positions, slots = np.split(numbers, ends)
+        self._check(tables, lens)
+        told = StepMetadata(
+            tables.reshape(rows, -1),
+            lens,
+            places.reshape(rows, -1),
+            positions.reshape(bucket),
+            slots.reshape(bucket),
+        )
+        self._begun[header.microbatch] = _Begun(bucket, [shard.begin(told) for shard in self._shards])
+
+    def _check(self, tables: np.ndarray, lens: np.ndarray) -> None:
+        """What would read beyond the pages. Slots beyond them are padding, and dropped."""
+        if tables.min() < 0 or tables.max() >= self._spec.geometry.num_pages or lens.min() < 0:
+            raise ProtocolError(
+                f"block tables name pages {tables.min()} .. {tables.max()} of {self._spec.geometry.num_pages}"
+            )
+
+    def _begin_bytes(self, bucket: Bucket) -> int:
+        rows, queries = bucket
+        return 4 * (2 + rows * (2 * self._spec.pages_per_request + 1) + 2 * rows * queries)
+
+    def _shape(self, header: Header) -> tuple[int, int, int, int, int]:
+        """[pieces of all devices, B, Q, heads, H] of a frame."""
+        spec, g = self._spec, self._spec.geometry
+        pieces = spec.devices * spec.pieces
+        kept = pieces // spec.copies
+        kv_heads = 2 * g.num_kv_heads // kept
+        heads = {
+            Kind.QUERY: g.num_heads // pieces,
+            Kind.KV: kv_heads,
+            Kind.QKV: g.num_heads // pieces + kv_heads,
+        }
+        count = kept if header.kind == Kind.KV else pieces
+        return (count, *self._begun[header.microbatch].bucket, heads[header.kind], g.head_dim)
+
+    def _sent(self, header: Header, payload: np.ndarray) -> list[Messages]:
+        """Of each device its pieces."""
+        shape = self._shape(header)
+        if header.length < payload.nbytes and shape[0] > 1:  # a part of the tokens, of several pieces
+            payload = _spread(payload[: header.length], shape[0], payload.nbytes)
+        pieces = payload.view(self._wire).reshape(shape)
+        each = shape[0] // len(self._shards)
+        return [
+            tuple([_placed(piece, shard.device) for piece in pieces[i * each : (i + 1) * each]])
+            for i, shard in enumerate(self._shards)
+        ]
+
+
+def _placed(piece: np.ndarray, device: jax.Device) -> jax.Array | np.ndarray:
+    # On a CPU a program reads the buffer where it is, for a twentieth of what device_put costs the host.
+    return piece if device.platform == "cpu" else jax.device_put(piece, device)
+
+
+def _spread(payload: np.ndarray, pieces: int, size: int) -> np.ndarray:
+    """The bytes of each piece at the beginning of its own equal share of `size` bytes."""
+    spread = np.zeros((pieces, size // pieces), np.uint8)
+    spread[:, : payload.nbytes // pieces] = payload.reshape(pieces, -1)
+    return spread.reshape(-1)
