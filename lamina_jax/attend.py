@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit code."""
     config, security = parse(argv)
-    from lamina_jax.pool.session import Session
+    from lamina_jax.worker.session import Session
 
     return run(config, security, Session)
 

@@ -202,10 +202,14 @@ def _disaggregated(
     plan = CachePlan(
         geometry=geometry, partition=partition, table=table, mesh=mesh, limits=limits, sliced=sliced
     )
-    exchange, jobs = memory.open(plan)
-    for bucket, cached in limits.buckets():
-        jobs += compute.jobs(bucket, cached=cached, overlap=limits.overlap)
-    return memory.runner(compute, exchange, overlap=limits.overlap), jobs
+    exchange, memory_jobs = memory.open(plan)
+    jobs = [
+        job
+        for bucket, cached in limits.buckets()
+        for job in compute.jobs(bucket, cached=cached, overlap=limits.overlap)
+    ]
+    # Behind the compute side's: workers elsewhere compile at the same time, and are only waited for.
+    return memory.runner(compute, exchange, overlap=limits.overlap), jobs + memory_jobs
 
 
 def _collocated(

@@ -94,6 +94,11 @@ class DisaggregatedRunner:
             "wire_metadata_bytes_per_step": wire.metadata_bytes / steps,
         }
 
+    def forget(self) -> None:
+        """Nothing is in flight any more: what was is not read."""
+        self._unfinished.clear()
+        self._last.clear()
+
     def _begin(self, plan: MicrobatchPlan) -> _InFlight:
         last = self._last.get(plan.microbatch, self._no_tokens)
         return _InFlight(plan, self._compute.begin(plan, last), self.exchange.begin(plan))

@@ -38,21 +38,24 @@ CLOSE_SECONDS = 1.0
 
 
 class Worker:
-    """One attention worker: its address, and the channel to it.
+    """One attention worker.
 
-    Args:
-        most_bytes: of an answer.
+    Attributes:
+        address: of its process.
+        channel: to it.
+        due_bytes: of the answers that have not come.
+        lost: why it is lost, if it is.
     """
 
-    def __init__(self, address: str, channel: Channel, most_bytes: int) -> None:
-        self.address, self.channel, self._most_bytes = address, channel, most_bytes
-        self.due_bytes = 0  # of the answers that have not come
-        self._reason: str | None = None
+    def __init__(self, address: str, channel: Channel) -> None:
+        self.address, self.channel = address, channel
+        self.due_bytes = 0
+        self.lost: str | None = None
         self._kept: dict[Header, np.ndarray] = {}
 
     def lose(self, reason: str) -> None:
         """Note the first reason, and wake whoever waits for the worker; from any thread."""
-        self._reason = self._reason or reason
+        self.lost = self.lost or reason
         self.channel.close()
 
     def begin(self, microbatch: int) -> None:
@@ -82,10 +85,10 @@ class Worker:
                 break
         else:
             return self._kept.pop(wanted)
-        raise WorkerLost(self.address, self._reason or "")
+        raise WorkerLost(self.address, self.lost or "")
 
     def _room(self, header: Header) -> int:
-        most = {Kind.ANSWER: self._most_bytes, Kind.FAILED: MOST_REASON_BYTES}.get(header.kind, -1)
+        most = {Kind.ANSWER: self.due_bytes, Kind.FAILED: MOST_REASON_BYTES}.get(header.kind, -1)
         if header.length > most:
             raise ProtocolError(f"a worker sends no {header}")
         return header.length
@@ -95,7 +98,6 @@ class RemoteExchange:
     """Between `mesh`, the compute mesh, and workers; see `lamina_jax.exchange.base.Exchange`.
 
     Args:
-        workers: those of one part of the cache follow each other.
         devices: of each worker; so many of the table's workers in a row are one process.
         table: which heads the compute mesh exchanges with each device of a part.
         partition: how the parts share the cache.
@@ -104,7 +106,6 @@ class RemoteExchange:
 
     def __init__(
         self,
-        workers: Sequence[Worker],
         devices: int,
         table: HeadTable,
         mesh: Mesh,
@@ -113,7 +114,8 @@ class RemoteExchange:
         wire_dtype: str,
         head_dim: int,
     ) -> None:
-        self.workers, self.table, self.partition = tuple(workers), table, partition
+        self.workers: tuple[Worker, ...] = ()
+        self.table, self.partition = table, partition
         self.joined = NamedSharding(mesh, P(*mesh.axis_names))
         self.message_dtype = message_dtype(wire_dtype)
         self._heads, self._head_dim = table.pieces[0].q_stop, head_dim
@@ -124,7 +126,11 @@ class RemoteExchange:
             for i in range(0, len(table.pieces), devices * table.per_worker)
         ]
         self.wire, self.programs_queued = WireCount(), 0
-        self.sender, self._steps = Sender(), 0
+        self._sender, self._steps = Sender(), 0
+
+    def attach(self, workers: Sequence[Worker]) -> None:
+        """Exchange with these from now on; those of one part of the cache follow each other."""
+        self.workers, self._sender = tuple(workers), Sender()
 
     def begin(self, plan: MicrobatchPlan) -> RemoteStep:
         self._steps = self._steps + 1 & 0xFFFFFFFF
@@ -157,7 +163,7 @@ class RemoteExchange:
 
     def send(self, worker: Worker, frame: Outgoing) -> None:
         """Send a frame when its arrays have been computed; returns at once."""
-        self.sender.send(frame, at_once=worker.due_bytes <= SOCKET_BYTES)
+        self._sender.send(frame, at_once=worker.due_bytes <= SOCKET_BYTES)
 
     def _kept_tokens(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that a worker keeps, and `slots` with theirs first and padding behind them."""
@@ -176,7 +182,8 @@ class RemoteExchange:
         """End the connections; what waits for them gets `WorkerLost`."""
         for worker in self.workers:
             worker.lose("the engine has closed the connection")
-        self.sender.close(CLOSE_SECONDS)
+        self._sender.close(CLOSE_SECONDS)
+        self.workers = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""The memory side in other processes: attention workers, leased and connected, and got back when lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+from lamina_jax.compilation import Job
+from lamina_jax.config import ConfigError, EngineConfig, is_loopback
+from lamina_jax.core import WorkerLost
+from lamina_jax.devices import Devices
+from lamina_jax.engine.budget import Available
+from lamina_jax.engine.compute import ComputeSide
+from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.memory_side import CachePlan
+from lamina_jax.exchange.base import Exchange
+from lamina_jax.exchange.control import Lease, WorkerClient, WorkerError, connect
+from lamina_jax.exchange.data import open_channel
+from lamina_jax.exchange.remote import RemoteExchange, Worker
+from lamina_jax.pool.spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+TRY_SECONDS = 1.5
+"""How long one try to get lost workers back waits for them."""
+
+
+class RemoteMemory:
+    """The workers that `config.attention` names; waits until they are up. See `MemorySide`.
+
+    Raises:
+        ConfigError: workers that cannot be used, or not together.
+    """
+
+    def __init__(
+        self, config: EngineConfig, devices: Devices, report: Callable[[str, int, int], None]
+    ) -> None:
+        addresses = [address.strip() for address in (config.attention or "").split(",")]
+        if config.memory_fraction is not None:
+            raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
+        self._config, self._clients = config, connect(addresses, config.security, report=report)
+        found = [client.describe() for client in self._clients]
+        counts = {description.devices for description in found}
+        if len(counts) > 1:
+            each = ", ".join(f"{a} has {d.devices}" for a, d in zip(addresses, found, strict=True))
+            raise ConfigError(f"attention workers must have equally many devices: {each}; use --devices")
+        self.workers, self.devices = len(addresses), counts.pop()
+        self.names: Sequence[str] = [
+            f"{address} {description.platform}:{i}"
+            for address, description in zip(addresses, found, strict=True)
+            for i in range(self.devices)
+        ]
+        on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
+        self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
+        self._memory = min(description.memory_bytes for description in found) * self.workers
+
+    def available(self, fraction: float | None) -> Available:
+        return Available(bytes=self._memory, fraction=1.0, weights=0)
+
+    def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
+        table, geometry = plan.table, plan.geometry
+        spec = WorkerSpec(
+            geometry=geometry.share(table.workers // self.devices),
+            devices=self.devices,
+            windows=tuple(plan.windows),
+            scales=tuple(kind.scale for kind in plan.kinds),
+            softcaps=tuple(kind.softcap for kind in plan.kinds),
+            buckets=tuple((*bucket, cached) for bucket, cached in plan.buckets()),
+            pages_per_request=plan.pages_per_request,
+            overlap=plan.limits.overlap,
+            pieces=table.per_worker,
+            copies=table.copies,
+            by_token=plan.partition.kind == "tokens",
+        )
+        exchange = RemoteExchange(
+            self.devices,
+            table,
+            plan.mesh,
+            plan.partition,
+            wire_dtype=geometry.wire_dtype,
+            head_dim=geometry.head_dim,
+        )
+        self._exchange = exchange
+        self._start = partial(_Taking, spec=spec, kind=self._config.exchange)
+        self._taking = [self._start(client) for client in self._clients]
+        return exchange, [("attention workers", self._attach)]
+
+    def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
+        return RemoteRunner(compute, exchange, overlap=overlap, memory=self)
+
+    def page_devices(self) -> list[str]:
+        return list(self.names)
+
+    def check(self) -> None:
+        """Raises `WorkerLost` where a worker has been lost."""
+        for worker in self._exchange.workers:
+            if worker.lost:
+                raise WorkerLost(worker.address, worker.lost)
+
+    def recover(self) -> bool:
+        """One try to have all workers again, each with an empty cache; see `RecoverableRunner.recover`."""
+        if self._exchange.workers:
+            self._exchange.close()
+            for taking in self._taking:
+                taking.release()
+            self._taking = [self._start(client) for client in self._clients]
+        until = time.monotonic() + TRY_SECONDS
+        for taking in self._taking:
+            taking.join(max(0.0, until - time.monotonic()))
+        for i, taking in enumerate(self._taking):
+            if taking.error is not None:
+                self._taking[i] = self._start(taking.client)  # for the next try
+                raise WorkerLost(taking.client.address, taking.error.reason)
+        if any(taking.is_alive() for taking in self._taking):
+            return False
+        self._attach()
+        return True
+
+    def _attach(self) -> None:
+        """Wait for all workers and connect the exchange with them; raises the first `WorkerError`."""
+        for taking in self._taking:
+            taking.join()
+            if taking.error is not None:
+                raise taking.error
+        self._exchange.attach([taking.worker for taking in self._taking])
+        for taking in self._taking:
+            taking.lease.on_lost(taking.worker.lose)
+
+
+class _Taking(threading.Thread):
+    """Takes a lease on a worker and opens the data channel to it, while others do what they do."""
+
+    lease: Lease
+    worker: Worker
+
+    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str) -> None:
+        super().__init__(name=f"lease {client.address}", daemon=True)
+        self.client, self._spec, self._kind = client, spec, kind
+        self.error: WorkerError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.lease = self.client.lease(self._spec)
+            channel = open_channel(self.client, self.lease, self._kind)
+            self.worker = Worker(self.client.address, channel)
+        except WorkerError as error:
+            self.error = error
+        except Exception as error:  # whatever it is, the engine must hear of it
+            log.exception("attention worker %s", self.client.address)
+            self.error = WorkerError(self.client.address, f"{type(error).__name__}: {error}")
+
+    def release(self) -> None:
+        """Give the lease back, if there is one."""
+        with suppress(AttributeError):
+            self.lease.close()
+
+
+class RemoteRunner(DisaggregatedRunner):
+    """Runs step plans over workers that can be lost; see `RecoverableRunner`."""
+
+    def __init__(
+        self, compute: ComputeSide, exchange: Exchange, *, overlap: bool, memory: RemoteMemory
+    ) -> None:
+        super().__init__(compute, exchange, overlap=overlap)
+        self._memory = memory
+
+    def check(self) -> None:
+        self._memory.check()
+
+    def recover(self) -> bool:
+        self.forget()
+        return self._memory.recover()

@@ -1,0 +1,55 @@
+"""Opens the data channel that a lease allows: which kind, and why."""
+
+from __future__ import annotations
+
+import logging
+
+from lamina_jax.exchange.channel import Channel, ChannelClosed
+from lamina_jax.exchange.control import KEEPALIVE, Lease, WorkerClient, WorkerError
+
+log = logging.getLogger(__name__)
+
+FRAME_SECONDS = 30.0
+"""What a frame may take from its first byte to its last."""
+
+ANSWER_SECONDS = 120.0
+"""What a worker may take before an answer begins; that it lives is its lease's concern."""
+
+MOST_BYTES = 1 << 29
+"""Of a frame over gRPC; see also `lamina_jax.worker.server`."""
+
+
+def open_channel(client: WorkerClient, lease: Lease, kind: str) -> Channel:
+    """The data channel of a lease: "socket", "grpc", or "auto": a Unix socket on one host, else TCP, else
+    gRPC, which passes where only the worker's one address can be reached.
+
+    Raises:
+        WorkerError: it cannot be opened.
+    """
+    if kind != "grpc":
+        try:
+            return _socket(client, lease)
+        except ChannelClosed as error:
+            if kind == "socket":
+                raise WorkerError(client.address, f"no data connection: {error}", temporary=True) from None
+            log.info("%s: gRPC, since its data port cannot be reached: %s", client.address, error)
+    return _grpc(client, lease)
+
+
+def _socket(client: WorkerClient, lease: Lease) -> Channel:
+    described = client.describe()
+    if is_loopback(client.host) and os.path.exists(described.unix_path):
+        channel = connect(f"unix:{described.unix_path}", FRAME_SECONDS, idle_seconds=ANSWER_SECONDS)
+    else:
+        host = f"[{client.host}]" if ":" in client.host else client.host
+        address = f"{host}:{described.data_port}"
+        channel = connect(address, FRAME_SECONDS, client.ssl_context, idle_seconds=ANSWER_SECONDS)
+    hello = np.frombuffer(lease.session_id, np.uint8)
+    channel.send(Header(Kind.HELLO, len(hello)), [hello])
+    return channel
+
+
+def _grpc(client: WorkerClient, lease: Lease) -> Channel:
+    return GrpcChannel(
+        client.open_channel([*KEEPALIVE, *stream_options(MOST_BYTES)]), lease.metadata, ANSWER_SECONDS
+    )
