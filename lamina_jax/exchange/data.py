@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 
+import numpy as np
+
+from lamina_jax.config import is_loopback
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.control import KEEPALIVE, Lease, WorkerClient, WorkerError
+from lamina_jax.exchange.frames import Header, Kind
+from lamina_jax.exchange.grpc import GrpcChannel, stream_options
+from lamina_jax.exchange.socket import connect
 
 log = logging.getLogger(__name__)
 
