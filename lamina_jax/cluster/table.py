@@ -73,11 +73,11 @@ class Table:
                 type, or one that the class refuses.
         """
         hints, needed = get_type_hints(config_class), required(config_class)
-        for key in elsewhere.keys() & self.values.keys():
+        for key in sorted(elsewhere.keys() & self.values.keys()):
             raise self.error(key, f"not here: {elsewhere[key]}")
         self.only(*(name for name in hints if name not in elsewhere))
-        for key in needed - self.values.keys() - given.keys():
-            raise self.error(key, f"missing: expected {_expected(hints[key])}")
+        for key in sorted(needed - self.values.keys() - given.keys()):
+            raise self.error(key, f"missing: expected {_expected(_without_none(hints[key]))}")
         values = {key: self._typed(key, hints[key]) for key in self.values if key not in given}
         try:
             return config_class(**values, **given)
@@ -98,18 +98,18 @@ class Table:
         return value
 
     def _typed(self, key: str, hint: Any) -> Any:
-        value, members = self.values[key], _members(hint)
-        for member in members:
-            if member is float and type(value) is int:
-                return float(value)
-            if get_origin(member) is Literal:
-                if any(value == choice and type(value) is type(choice) for choice in get_args(member)):
-                    return value
-            elif get_origin(member) is dict:
-                return self.part(key).strings()
-            elif type(value) is member:
-                return value
-        raise self.error(key, f"expected {_expected(hint)}, got {value!r}")
+        value, kind = self.values[key], _without_none(hint)
+        if kind is float and type(value) is int:
+            return float(value)
+        if get_origin(kind) is dict:
+            return self.part(key).strings()
+        if get_origin(kind) is Literal:
+            taken = any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+        else:
+            taken = type(value) is kind
+        if not taken:
+            raise self.error(key, f"expected {_expected(kind)}, got {value!r}")
+        return value
 
 
 def read_file(path: Path) -> Table:
@@ -137,15 +137,13 @@ def required(config_class: type) -> set[str]:
     return {field.name for field in fields(config_class) if (field.default, field.default_factory) == missing}
 
 
-def _members(hint: Any) -> list[Any]:
-    """The types of a union but None, or the type itself."""
-    if get_origin(hint) is None or NoneType not in get_args(hint):
-        return [hint]
-    return [member for member in get_args(hint) if member is not NoneType]
+def _without_none(hint: Any) -> Any:
+    """T of `T | None`; other types as they are."""
+    members = [member for member in get_args(hint) if member is not NoneType]
+    return members[0] if NoneType in get_args(hint) else hint
 
 
-def _expected(hint: Any) -> str:
-    (member,) = _members(hint)
-    if get_origin(member) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(member)))
-    return EXPECTED[get_origin(member) or member]
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    return EXPECTED[get_origin(kind) or kind]
