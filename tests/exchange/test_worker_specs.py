@@ -26,32 +26,32 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
     """Of a spec and its geometry."""
     layers, devices = draw(st.integers(1, 8)), draw(st.integers(1, 4))
     kv_heads = devices * draw(st.integers(1, 8))
-    geometry = dict(
-        num_layers=layers,
-        num_pages=draw(COUNT),
-        page_size=draw(COUNT),
-        num_kv_heads=kv_heads,
-        num_heads=kv_heads * draw(st.integers(1, 8)),
-        head_dim=draw(COUNT),
-        dtype=draw(DTYPE),
-        wire_dtype=draw(DTYPE),
-    )
+    geometry = {
+        "num_layers": layers,
+        "num_pages": draw(COUNT),
+        "page_size": draw(COUNT),
+        "num_kv_heads": kv_heads,
+        "num_heads": kv_heads * draw(st.integers(1, 8)),
+        "head_dim": draw(COUNT),
+        "dtype": draw(DTYPE),
+        "wire_dtype": draw(DTYPE),
+    }
 
     def each(values: st.SearchStrategy) -> tuple:
         return tuple(draw(st.lists(values, min_size=layers, max_size=layers)))
 
-    spec = dict(
-        devices=devices,
-        windows=each(st.integers(1, 1 << 30)),
-        scales=each(FLOAT),
-        softcaps=each(st.none() | FLOAT),
-        buckets=tuple(draw(st.lists(st.tuples(COUNT, COUNT, st.booleans()), min_size=1, max_size=4))),
-        pages_per_request=draw(COUNT),
-        overlap=draw(st.booleans()),
-        pieces=draw(COUNT),
-        copies=draw(COUNT),
-        by_token=draw(st.booleans()),
-    )
+    spec = {
+        "devices": devices,
+        "windows": each(st.integers(1, 1 << 30)),
+        "scales": each(FLOAT),
+        "softcaps": each(st.none() | FLOAT),
+        "buckets": tuple(draw(st.lists(st.tuples(COUNT, COUNT, st.booleans()), min_size=1, max_size=4))),
+        "pages_per_request": draw(COUNT),
+        "overlap": draw(st.booleans()),
+        "pieces": draw(COUNT),
+        "copies": draw(COUNT),
+        "by_token": draw(st.booleans()),
+    }
     return spec, geometry
 
 

@@ -1,16 +1,17 @@
+"""Workers of this process, with an echo for a session."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
 from echo_session import EchoSession
+from worker_talk import StartWorker
 
 from lamina_jax.config import AttendConfig, SecurityConfig
 from lamina_jax.exchange.control import WorkerClient
 from lamina_jax.worker.server import WorkerServer
-
-StartWorker = Callable[..., tuple[WorkerServer, WorkerClient]]
 
 
 @pytest.fixture

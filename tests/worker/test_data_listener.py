@@ -8,20 +8,17 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import StartWorker
 from echo_session import SPEC
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_worker_lease import data_channel, echo, until
+from worker_talk import StartWorker, data_channel, echo, until
 
 from lamina_jax.exchange.channel import ChannelClosed
-from lamina_jax.exchange.control import WorkerClient
 from lamina_jax.exchange.frames import Header, Kind
 from lamina_jax.worker import sockets
-from lamina_jax.worker.server import WorkerServer
 
 HEADERS = st.builds(
-    lambda kind, length: Header(kind, length).pack(), st.sampled_from(Kind), st.integers(0, 2**64 - 1)
+    lambda kind, length: Header(kind, length).pack(), st.sampled_from(Kind), st.integers(0, 2**32 - 1)
 )
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 ATTACKS = st.lists(st.binary(max_size=64) | HEADERS | st.just(HTTP2), max_size=4).map(b"".join)
@@ -43,26 +40,20 @@ def data_threads() -> int:
     return sum(thread.name == "data" for thread in threading.enumerate())
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_bytes_leave_the_worker_as_it_was(start_worker: StartWorker, data: st.DataObject) -> None:
-    server, client = _kept(start_worker)
-    found = client.describe()
+def test_any_bytes_leave_the_worker_as_it_was(start_worker: StartWorker) -> None:
+    server, client = start_worker()
+    lease, found = client.lease(SPEC), client.describe()
     ports = [("127.0.0.1", found.data_port), found.unix_path, ("127.0.0.1", server.port)]
-    send(data.draw(st.sampled_from(ports)), data.draw(ATTACKS))
-    assert client.describe().held_by == found.held_by
-    assert until(lambda: data_threads() == 0)
 
+    @settings(max_examples=60)
+    @given(st.sampled_from(ports), ATTACKS)
+    def attack(address: tuple[str, int] | str, data: bytes) -> None:
+        send(address, data)
+        assert until(lambda: data_threads() == 0)
+        assert client.describe().held_by != ""
 
-_workers: dict[StartWorker, tuple[WorkerServer, WorkerClient]] = {}
-
-
-def _kept(start_worker: StartWorker) -> tuple[WorkerServer, WorkerClient]:
-    """One leased worker for all examples."""
-    if start_worker not in _workers:
-        _workers[start_worker] = server, client = start_worker()
-        client.lease(SPEC)
-    return _workers[start_worker]
+    attack()
+    assert echo(data_channel(client, lease.session_id), b"still here") == b"still here"
 
 
 @pytest.mark.parametrize("session_id", [b"", bytes(15), bytes(16), bytes(17)])

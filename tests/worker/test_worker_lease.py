@@ -10,10 +10,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
-import numpy as np
 import pytest
-from conftest import StartWorker
 from echo_session import ROOM, SPEC, spec
+from worker_talk import StartWorker, data_channel, echo, free, room, until
 
 import lamina_jax
 from lamina_jax.config import ConfigError, SecurityConfig
@@ -21,49 +20,13 @@ from lamina_jax.exchange import control
 from lamina_jax.exchange.channel import ChannelClosed
 from lamina_jax.exchange.control import WorkerClient, WorkerError, connect
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, Kind
-from lamina_jax.exchange.socket import SocketChannel
-from lamina_jax.exchange.socket import connect as open_socket
 from lamina_jax.worker import lease as lease_module
 from lamina_jax.worker import service
-from lamina_jax.worker.server import WorkerServer
 
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "TAKE_SECONDS", 0.5)
-
-
-def until(condition: object, seconds: float = 5.0) -> bool:
-    """Whether `condition()` holds within the time."""
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def free(server: WorkerServer) -> bool:
-    return until(lambda: server.leases.lease is None)
-
-
-def room(header: Header) -> int:
-    assert header.length <= ROOM
-    return header.length
-
-
-def data_channel(client: WorkerClient, session_id: bytes, kind: str = "tcp") -> SocketChannel:
-    found = client.describe()
-    address = f"127.0.0.1:{found.data_port}" if kind == "tcp" else f"unix:{found.unix_path}"
-    channel = open_socket(address, 5.0, client.ssl_context if kind == "tcp" else None, idle_seconds=5.0)
-    channel.send(Header(Kind.HELLO, len(session_id)), [np.frombuffer(session_id, np.uint8)])
-    return channel
-
-
-def echo(channel: SocketChannel, text: bytes, step: int = 0) -> bytes:
-    channel.send(Header(Kind.QUERY, len(text), step=step), [np.frombuffer(text, np.uint8)])
-    header, payload = channel.receive(room)
-    return payload[: header.length].tobytes()
 
 
 def test_describe_says_what_the_worker_is(start_worker: StartWorker) -> None:
@@ -137,7 +100,7 @@ def test_the_grpc_data_stream_is_the_leases_too(start_worker: StartWorker) -> No
 def test_another_engine_is_told_who_holds_the_worker(start_worker: StartWorker) -> None:
     _, client = start_worker()
     lease = client.lease(SPEC)
-    with pytest.raises(WorkerError, match="held by another engine, .*process") as refusal:
+    with pytest.raises(WorkerError, match=r"held by another engine, .*process") as refusal:
         client.lease(SPEC)
     assert refusal.value.temporary
     assert client.address in str(refusal.value)
@@ -286,7 +249,7 @@ def test_connect_waits_for_workers_in_any_order(start_worker: StartWorker) -> No
 def test_connect_names_who_is_missing() -> None:
     with pytest.raises(WorkerError, match=r"127.0.0.1:9: nothing listens .*attend --listen 127.0.0.1:9.*:10"):
         connect(["127.0.0.1:9", "127.0.0.1:10"], SecurityConfig(), 0.2)
-    with pytest.raises(ConfigError, match="127.0.0.1:9 twice"):
+    with pytest.raises(ConfigError, match=r"127.0.0.1:9 twice"):
         connect(["127.0.0.1:9", "127.0.0.1:9"], SecurityConfig())
 
 
