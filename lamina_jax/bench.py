@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode, prefill, sampler
+from lamina_jax.benchmarks import decode, partition, prefill, sampler
 
-BENCHMARKS = {"decode": decode, "prefill": prefill, "sampler": sampler}
+BENCHMARKS = {"decode": decode, "partition": partition, "prefill": prefill, "sampler": sampler}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -289,6 +289,9 @@ class Driver:
         assert scheduler.num_running == len(self.live) - len(self.queue) <= self.config.max_num_seqs
         running = set(self.live) - set(self.queue)
         assert sum(map(self.pages_needed, running)) <= pages.num_used
+        if self.config.segments > 1:
+            seated = Counter(self.worker_of[name] for name in self.live if name in self.worker_of)
+            assert max(seated.values(), default=0) <= self.config.seats
         assert scheduler.has_work == bool(self.live or self.in_flight)
 
 

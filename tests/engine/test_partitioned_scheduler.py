@@ -9,6 +9,7 @@ from scheduler_driver import Driver, make_config, make_request
 
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.core import SamplingParams
+from lamina_jax.engine.admission import Room
 from lamina_jax.engine.buckets import decode_buckets
 from lamina_jax.engine.limits import resolve_limits
 from lamina_jax.engine.scheduler import Scheduler
@@ -94,6 +95,13 @@ def test_by_request_each_worker_has_its_seats():
         driver.update()
     assert seen == {"long": [0] * 6, "b": [1] * 2, "c": [1] * 2, "d": [0] * 2}
     driver.finish()
+
+
+def test_requests_that_are_placed_together_share_what_there_is():
+    by_request_room = Room(by_request(), pages=[9, 8], seats=[1, 9])
+    assert [by_request_room.place(3) for _ in range(4)] == [0, 1, 1, None]
+    by_token_room = Room(by_token(), pages=[2, 3, 2], seats=[9])
+    assert [by_token_room.place(count) for count in (4, 2, 2, 1)] == [1, 0, None, 2]
 
 
 def test_by_request_padding_rows_are_greedy_rows_of_the_sampler():
