@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,11 +94,6 @@ class WorkerClient:
         self.ssl_context, self._credentials = client_tls(security) or (None, None)
         self.metadata: Metadata = token_metadata(read_token(security))
         self._channel = self.open_channel(_CONTROL_OPTIONS)
-
-    @property
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """For a data socket to the worker; None: without TLS."""
-        return None if self._tls is None else self._tls[0]
 
     def open_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """One more connection to the worker, as secure as this one; for a data stream."""
