@@ -148,6 +148,7 @@ class GrpcChannel:
         return frame
 
     def close(self) -> None:
+        self._over.set()
         self._call.cancel()
 
     def _requests(self) -> Iterator[bytes]:

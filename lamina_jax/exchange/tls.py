@@ -32,11 +32,11 @@ class TlsStream:
         """Some of `nbytes`; flags are not for TLS, and disregarded."""
         return self._call(self._sock.recv_into, buffer[:nbytes])
 
-    def sendmsg(self, buffers: Sequence[bytes | memoryview], /) -> int:
+    def sendmsg(self, buffers: Sequence[Any], /) -> int:
         """Some of the first one."""
         return self._call(self._sock.send, buffers[0])
 
-    def _call(self, operation: Callable[[Any], int], buffer: bytes | memoryview) -> int:
+    def _call(self, operation: Callable[[Any], int], buffer: Any) -> int:
         for _ in range(2):
             try:
                 with self._lock:
