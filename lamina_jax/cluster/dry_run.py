@@ -78,16 +78,17 @@ def _memory(cluster: Cluster, needs: Forecast) -> Iterator[str]:
 
 def _wire(cluster: Cluster, needs: Forecast) -> Iterator[str]:
     settings, limits = cluster.engine.settings, needs.limits
-    assumed = " (microbatches=auto may take 1)" if settings.microbatches == "auto" else ""
     batches = f"{limits.microbatches} microbatches" if limits.microbatches > 1 else "one microbatch"
     yield (
         f"wire per step at full batch: {needs.wire_bytes:,} bytes of q, k, v, o and lse, "
-        f"for {needs.rows} rows in {batches}{assumed}"
+        f"for {needs.rows} rows in {batches}"
     )
     yield (
         f"messages per layer and microbatch: {needs.messages_per_layer}, with {len(cluster.workers)} "
         f"workers, overlap {'on' if limits.overlap else 'off'}, exchange={settings.exchange}"
     )
+    if "auto" in (settings.microbatches, settings.overlap):
+        yield "microbatches and overlap, where auto, are taken as the devices suggest"
 
 
 def _notes(cluster: Cluster) -> Iterator[str]:

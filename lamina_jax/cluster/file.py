@@ -18,6 +18,7 @@ from lamina_jax.config import AttendConfig, ConfigError, EngineConfig, SecurityC
 
 ELSEWHERE = {
     "attention": "the engine's workers are those under [[workers]]",
+    "memory_fraction": "each worker has its own, under [[workers]]",
     "security": "it is a table of its own, [security]",
     "insecure": "it stands in [security], for all processes",
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
-from lamina_jax.cluster.claims import device_names
+from lamina_jax.cluster.claims import device_names, machine_of
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.engine.limits import Limits, resolve_limits
@@ -55,11 +55,13 @@ def forecast(cluster: Cluster, shape: ModelConfig) -> Forecast:
     check_heads(cluster, shape)
     config, workers = cluster.engine.settings, len(cluster.workers)
     try:
-        limits = resolve_limits(config, shape.max_position, share_silicon=False, workers=workers)
+        limits = resolve_limits(
+            config, shape.max_position, share_silicon=_share_silicon(cluster), workers=workers
+        )
     except ConfigError as error:
         raise ConfigError(f"{cluster.file}: engine.settings: {error}") from None
     geometry = _geometry(config, shape)
-    shards = len(device_names(config.compute_devices or "any"))
+    shards = _count(config.compute_devices)
     rows = limits.microbatches * limits.decode_buckets[-1]
     return Forecast(
         weight_bytes=weight_bytes(shape, _dtype(config.dtype, shape.dtype), shards),
@@ -88,12 +90,20 @@ def check_heads(cluster: Cluster, shape: ModelConfig) -> None:
                 f"give {_divisors(heads)} of them, or engine.settings.partition = requests or tokens"
             )
         heads //= workers
-    for i, worker in enumerate(cluster.workers):
-        devices = len(device_names(worker.settings.devices or "any"))
-        if heads % devices:
+    named = [
+        (i, worker.settings.devices) for i, worker in enumerate(cluster.workers) if worker.settings.devices
+    ]
+    for i, devices in named:
+        first, count = _count(named[0][1]), _count(devices)
+        if count != first:
             raise ConfigError(
-                f"{cluster.file}: workers[{i}].devices: {devices} devices cannot share this worker's {heads} "
-                f"KV heads evenly: give {_divisors(heads)}, got {worker.settings.devices!r}"
+                f"{cluster.file}: workers[{i}].devices: {count}, but workers[{named[0][0]}] has {first}: give "
+                "all workers equally many"
+            )
+        if heads % count:
+            raise ConfigError(
+                f"{cluster.file}: workers[{i}].devices: {count} devices cannot share this worker's {heads} "
+                f"KV heads evenly: give {_divisors(heads)}"
             )
 
 
@@ -136,6 +146,18 @@ def _geometry(config: EngineConfig, shape: ModelConfig) -> CacheGeometry:
         dtype=_dtype(config.kv_dtype, activations),
         wire_dtype=_dtype(config.wire_dtype, activations),
     )
+
+
+def _share_silicon(cluster: Cluster) -> bool:
+    """Whether all run on one machine's CPU, as far as the file says."""
+    choices = [cluster.engine.settings.compute_devices, *(w.settings.devices for w in cluster.workers)]
+    machines = {machine_of(cluster.address(process)) for process in cluster.roles().values()}
+    return len(machines) == 1 and all(choice is None or choice.startswith("cpu") for choice in choices)
+
+
+def _count(devices: str | None) -> int:
+    """How many devices a choice names; one where it is left open."""
+    return len(device_names(devices)) if devices else 1
 
 
 def _dtype(chosen: str, automatic: str) -> str:

@@ -26,12 +26,12 @@ ROOT = Path(__file__).parent.parent.parent
 BUNDLED = ROOT / "lamina_jax" / "data" / "bundled"
 FIXTURES = sorted((ROOT / "tests" / "fixtures" / "parity").glob("*/config.json"))
 
-LARGE = ModelConfig(  # Llama 3 70B's attention
+LARGE = ModelConfig(  # 8 of the 80 layers of Llama 3 70B, as attention sees them
     family="llama",
     vocab_size=128,
     hidden_size=64,
     intermediate_size=64,
-    num_layers=80,
+    num_layers=8,
     num_heads=64,
     num_kv_heads=8,
     head_dim=128,
@@ -93,11 +93,11 @@ def test_wire_bytes_are_the_sizes_of_the_tensors(
 
 @pytest.mark.parametrize(
     ("partition", "workers", "page_bytes", "full_pages"),
-    [  # a page of 64 tokens in 80 layers: 64 * 2 * 8 * 128 * 2 bytes * 80; 8192 tokens are 128 pages
-        ("heads", 4, 20_971_520 // 4, 8 * 128),
-        ("requests", 4, 20_971_520, 2 * 128),
-        ("requests", 3, 20_971_520, 3 * 128),
-        ("tokens", 3, 20_971_520, 8 * 43),
+    [  # a page of 64 tokens in 8 layers: 64 * 2 * 8 * 128 * 2 bytes * 8; 8192 tokens are 128 pages
+        ("heads", 4, 2_097_152 // 4, 8 * 128),
+        ("requests", 4, 2_097_152, 2 * 128),
+        ("requests", 3, 2_097_152, 3 * 128),
+        ("tokens", 3, 2_097_152, 8 * 43),
     ],
 )
 def test_pages_of_each_partition(partition: str, workers: int, page_bytes: int, full_pages: int) -> None:
@@ -109,10 +109,10 @@ def test_pages_of_each_partition(partition: str, workers: int, page_bytes: int, 
 @pytest.mark.parametrize(
     ("settings", "rows", "messages"),
     [
-        ({"max_num_seqs": 8}, 8, 6),  # two microbatches of 4
-        ({"max_num_seqs": 9}, 16, 6),  # of 8, padded
-        ({"max_num_seqs": 9, "microbatches": 1}, 16, 6),
-        ({"max_num_seqs": 5, "microbatches": 1, "overlap": "off"}, 8, 4),
+        ({"max_num_seqs": 5}, 8, 4),  # one machine's CPU: one microbatch, no overlap
+        ({"max_num_seqs": 4, "compute_devices": "gpu:0"}, 8, 6),  # two microbatches of 4 rows, padded
+        ({"max_num_seqs": 9, "overlap": "on"}, 16, 6),
+        ({"max_num_seqs": 3, "microbatches": 2}, 8, 4),
     ],
 )
 def test_rows_count_padding(settings: dict[str, object], rows: int, messages: int) -> None:
@@ -124,7 +124,7 @@ def test_rows_count_padding(settings: dict[str, object], rows: int, messages: in
     ("partition", "workers", "devices", "words"),
     [
         ("heads", 3, None, ["workers: 3", "8 KV heads", "1 or 2 or 4 or 8"]),
-        ("heads", 4, "gpu:0-3", ["workers[0].devices", "4 devices", "2 KV heads", "1 or 2", "'gpu:0-3'"]),
+        ("heads", 4, "gpu:0-3", ["workers[0].devices", "4 devices", "2 KV heads", "1 or 2"]),
         ("tokens", 3, "cpu:0-2", ["workers[0].devices", "8 KV heads", "1 or 2 or 4 or 8"]),
     ],
 )
@@ -144,6 +144,13 @@ def test_workers_that_cannot_share_the_heads(
 )
 def test_workers_that_can(partition: str, workers: int, devices: str | None) -> None:
     check_heads(with_settings(with_workers(local(), workers, devices), partition=partition), LARGE)
+
+
+def test_workers_with_unequal_devices() -> None:
+    cluster = local()
+    two = with_workers(cluster, 1, "cpu:0-1").workers
+    with pytest.raises(ConfigError, match=r"workers\[1\]\.devices: 2, but workers\[0\] has 1: "):
+        check_heads(replace(cluster, workers=cluster.workers[:1] + two), LARGE)
 
 
 def test_the_text() -> None:
