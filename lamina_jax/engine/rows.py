@@ -90,11 +90,11 @@ class DecodeRows:
 
     def load(self, worker: int) -> tuple[int, int]:
         """Live rows beside which a request of `worker` would be: in its segment, and in all of them."""
-        return len(self._segments[worker % len(self._segments)]), sum(map(len, self._segments))
+        return len(self._segments[self._config.segment(worker)]), sum(map(len, self._segments))
 
     def join(self, request: LiveRequest, token: int) -> None:
         """Add a row for a request whose prompt is cached and whose next token is known to the host."""
-        segment = request.worker % len(self._segments)
+        segment = self._config.segment(request.worker)
         row = segment, len(self._segments[segment])
         self._segments[segment].append(request)
         self._block_tables[row][: len(request.pages)] = request.pages
@@ -126,11 +126,11 @@ class DecodeRows:
             microbatch=self._microbatch,
             kind="decode",
             request_ids=tuple([request.request.request_id if request else "" for request in requests]),
-            tokens=self._tokens[:, :size].reshape(rows, 1).copy(),
+            tokens=self._tokens[:, :size].flatten()[:, None],
             feedback=self._feedback[:, :size].flatten(),
-            positions=context_lens.reshape(rows, 1).copy(),
+            positions=context_lens.flatten()[:, None],
             context_lens=context_lens.flatten(),
-            block_tables=self._block_tables[:, :size].reshape(rows, -1).copy(),
+            block_tables=self._block_tables[:, :size].flatten().reshape(rows, -1),
             page_index=self._page_index[:rows],
             slots=self._slots(samples),
             logits_at=self._rows[:rows],

@@ -1,7 +1,7 @@
 """The scheduler: which requests get a token in the next step, and what the tokens mean that come back.
 
-It owns the waiting queue, admission by pages and seats, the decode microbatches and the steps in
-flight. It knows nothing of weights, devices or jax: it deals in requests, pages and integers.
+It owns the waiting queue, the decode microbatches and the steps in flight. It knows nothing of weights,
+devices or jax: it deals in requests, pages and integers.
 
     plan = scheduler.schedule()                # step t + 1, while step t is still in flight
     events = scheduler.update(oldest, tokens)  # the tokens of step t, once they are read
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lamina_jax.core import FinishReason, Request, StepPlan, TokenEvent
-from lamina_jax.engine.admission import Room, owners
-from lamina_jax.engine.pages import PagePool
+from lamina_jax.engine.admission import Admission
 from lamina_jax.engine.prefill import choose_bucket, plan_prefill
 from lamina_jax.engine.rows import DecodeRows, LiveRequest, PlannedMicrobatch, Rows
 from lamina_jax.engine.scheduler_config import SchedulerConfig
@@ -50,14 +49,14 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pages = PagePool(config.total_pages, config.page_size, config.workers)
+        self._admission = Admission(config)
+        self.pages = self._admission.pages
         self._requests: dict[str, LiveRequest] = {}
         self._waiting: OrderedDict[str, LiveRequest] = OrderedDict()
         self._prefilling: list[LiveRequest] = []
         self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step = 0
-        self._running = [0] * config.segments
 
     @property
     def num_waiting(self) -> int:
@@ -67,7 +66,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that were admitted and have not ended: at most `max_num_seqs`."""
-        return sum(self._running)
+        return self._admission.num_running
 
     @property
     def has_work(self) -> bool:
@@ -222,45 +221,24 @@ class Scheduler:
         Only requests of one worker share rows: by request, those of the first one's. Whoever is passed
         by for that is admitted all the same, so that nobody is overtaken in the queue.
         """
-        admitted = self._admissible()
+        admitted = self._admission.admissible(self._waiting.values())
         candidates = self._prefilling + admitted
         if not candidates:
             return None
-        segments = self.config.segments
-        together = [r for r in candidates if (r.worker - candidates[0].worker) % segments == 0]
+        segment = self.config.segment(candidates[0].worker)
+        together = [r for r in candidates if self.config.segment(r.worker) == segment]
         lengths = [len(request.request.prompt_token_ids) - request.prefilled for request in together]
         bucket = choose_bucket(self.config, lengths, decoding=decoding)
         chosen = tuple(together[: bucket[0]])
         while admitted and admitted[-1] not in chosen:
             admitted.pop()
-        self._admit(admitted)
+        for request in admitted:
+            del self._waiting[request.request.request_id]
+            self._admission.admit(request)
         plan = plan_prefill(step, chosen, bucket, self.config)
         ready = {request for row, request in enumerate(chosen) if plan.samples[row]}
         self._prefilling = [request for request in self._prefilling + admitted if request not in ready]
         return plan, chosen
-
-    def _admissible(self) -> list[LiveRequest]:
-        """The requests from the head of the queue on that have seats and pages. Nobody overtakes."""
-        config = self.config
-        room = Room(config, self.pages.free_by_worker, [config.seats - count for count in self._running])
-        most = config.segments * max(rows for rows, _ in config.prefill_buckets)
-        most = min(most, config.max_num_seqs - self.num_running)
-        admissible: list[LiveRequest] = []
-        for request in self._waiting.values():
-            if len(admissible) == most or (worker := room.place(request.num_pages)) is None:
-                break
-            request.worker = worker
-            admissible.append(request)
-        return admissible
-
-    def _admit(self, requests: Sequence[LiveRequest]) -> None:
-        """Give requests that wait their pages and seats, on the workers that were chosen for them."""
-        for request in requests:
-            del self._waiting[request.request.request_id]
-            self._running[request.worker % self.config.segments] += 1
-            request.pages = self.pages.allocate(
-                owners(request.worker, request.num_pages, self.config).tolist()
-            )
 
     def _read(self, microbatch: int, new: Sequence[tuple[int, LiveRequest, int]]) -> list[TokenEvent]:
         """What the new token of each (row, request) means; requests that end give their pages back."""
@@ -303,9 +281,8 @@ class Scheduler:
         request.ended = True
         del self._requests[request.request.request_id]
         if self._waiting.pop(request.request.request_id, None) is None:
-            self._running[request.worker % self.config.segments] -= 1
+            self._admission.release(request)
         self._prefilling = [other for other in self._prefilling if other is not request]
-        self.pages.free(request.pages, after_step=request.last_step)
 
 
 def _checked(plan: StepPlan, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:

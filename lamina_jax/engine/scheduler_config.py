@@ -102,6 +102,10 @@ class SchedulerConfig:
         """Equal parts of a decode microbatch's rows: by request, one for each worker."""
         return self.workers if self.partition == "requests" else 1
 
+    def segment(self, worker: int) -> int:
+        """The part of the rows that a worker's requests are in."""
+        return worker % self.segments
+
     @property
     def seats(self) -> int:
         """Requests that each segment's worker takes at once: ceil(max_num_seqs / segments)."""
