@@ -54,6 +54,7 @@ class DataListener:
         unix.bind(self.unix_path)
         unix.listen()
         self._listeners = (tcp, unix)
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Take connections until `close`, in a thread."""
@@ -61,6 +62,7 @@ class DataListener:
 
     def close(self) -> None:
         """Take no more; those there are stay."""
+        self._closed.set()
         for listener in self._listeners:
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
@@ -75,8 +77,10 @@ class DataListener:
                 for key, _ in selector.select():
                     try:
                         connection, _ = key.fileobj.accept()  # type: ignore[union-attr]
-                    except OSError:
-                        return
+                    except OSError:  # closed; or a peer that left already, or no descriptor to spare
+                        if self._closed.wait(0.05):
+                            return
+                        continue
                     self._begin(connection)
 
     def _begin(self, connection: socket.socket) -> None:

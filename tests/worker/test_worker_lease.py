@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
 import pytest
-from echo_session import ROOM, SPEC, spec
+from echo_session import ROOM, SPEC, EchoSession, spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from worker_talk import StartWorker, data_channel, echo, free, room, until
 
 import lamina_jax
@@ -95,6 +100,49 @@ def test_the_grpc_data_stream_is_the_leases_too(start_worker: StartWorker) -> No
     assert free(server)
     done.set()
     channel.close()
+
+
+def test_nothing_is_left_of_a_lease(start_worker: StartWorker) -> None:
+    """Sessions (and so their pages), threads and descriptors, however it was used."""
+
+    def cycle(number: int) -> None:
+        lease = client.lease(SPEC)
+        if number % 3:
+            channel = data_channel(client, lease.session_id, ("tcp", "unix")[number % 2])
+            assert echo(channel, b"x") == b"x"
+            if number % 3 == 2:
+                channel.close()
+        lease.close()
+        assert free(server)
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return len(EchoSession.alive), threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    server, client = start_worker()
+    for number in range(6):
+        cycle(number)
+    assert until(lambda: held()[0] == 0)
+    before = held()
+    for number in range(24):
+        cycle(number)
+    assert until(lambda: all(now <= then + 1 for now, then in zip(held(), before, strict=True)))
+
+
+@pytest.mark.parametrize("method", ["Describe", "Lease"])
+def test_any_message_is_answered_or_refused(start_worker: StartWorker, method: str) -> None:
+    server, client = start_worker()
+    call = client.open_channel(()).unary_stream(f"/{control.SERVICE}/{method}")
+
+    @settings(max_examples=30)
+    @given(st.binary(max_size=256))
+    def send(message: bytes) -> None:
+        with suppress(grpc.RpcError):
+            for _ in call(message, timeout=5):
+                pass
+
+    send()
+    assert client.describe().held_by == ""
 
 
 def test_another_engine_is_told_who_holds_the_worker(start_worker: StartWorker) -> None:

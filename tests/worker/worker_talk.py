@@ -36,10 +36,12 @@ def room(header: Header) -> int:
     return header.length
 
 
-def data_channel(client: WorkerClient, session_id: bytes, kind: str = "tcp") -> SocketChannel:
+def data_channel(
+    client: WorkerClient, session_id: bytes, kind: str = "tcp", idle_seconds: float = 5.0
+) -> SocketChannel:
     found = client.describe()
     address = f"127.0.0.1:{found.data_port}" if kind == "tcp" else f"unix:{found.unix_path}"
-    channel = open_socket(address, 5.0, client.ssl_context if kind == "tcp" else None, idle_seconds=5.0)
+    channel = open_socket(address, 5.0, client.ssl_context if kind == "tcp" else None, idle_seconds)
     channel.send(Header(Kind.HELLO, len(session_id)), [np.frombuffer(session_id, np.uint8)])
     return channel
 
