@@ -32,7 +32,7 @@ TAKE_SECONDS = 3.0
 
 @runtime_checkable
 class Session(Protocol):
-    """The memory side of one lease; see `lamina_jax.pool.session`."""
+    """The memory side of one lease; see `lamina_jax.worker.session`."""
 
     def jobs(self) -> Iterable[Job]: ...
     def room(self, header: Header) -> int: ...

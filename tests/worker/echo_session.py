@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -50,7 +51,7 @@ class EchoSession:
     """Compiles for ever where the spec has a page size of 1, fails to compile where it has 2; a frame of
     step 1 makes it hold Python's lock for seconds, a frame of step 2 makes it fail."""
 
-    alive: WeakSet[EchoSession] = WeakSet()
+    alive: ClassVar[WeakSet[EchoSession]] = WeakSet()
 
     def __init__(self, spec: WorkerSpec, devices: Sequence[object]) -> None:
         self.spec, self.devices = spec, devices

@@ -124,14 +124,14 @@ def test_nothing_is_left_of_a_lease(start_worker: StartWorker) -> None:
         cycle(number)
     assert until(lambda: held()[0] == 0)
     before = held()
-    for number in range(24):
+    for number in range(12):
         cycle(number)
     assert until(lambda: all(now <= then + 1 for now, then in zip(held(), before, strict=True)))
 
 
 @pytest.mark.parametrize("method", ["Describe", "Lease"])
 def test_any_message_is_answered_or_refused(start_worker: StartWorker, method: str) -> None:
-    server, client = start_worker()
+    _, client = start_worker()
     call = client.open_channel(()).unary_stream(f"/{control.SERVICE}/{method}")
 
     @settings(max_examples=30)
