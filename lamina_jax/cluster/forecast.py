@@ -97,8 +97,8 @@ def check_heads(cluster: Cluster, shape: ModelConfig) -> None:
         first, count = _count(named[0][1]), _count(devices)
         if count != first:
             raise ConfigError(
-                f"{cluster.file}: workers[{i}].devices: {count}, but workers[{named[0][0]}] has {first}: give "
-                "all workers equally many"
+                f"{cluster.file}: workers[{i}].devices: {count}, but workers[{named[0][0]}] has {first}: "
+                "give all workers equally many"
             )
         if heads % count:
             raise ConfigError(
