@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -72,7 +73,7 @@ class PoolService:
         except ConfigError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         try:
-            lease = self._leases.take(f"{request.engine or 'unnamed'} at {context.peer()}", spec)
+            lease = self._leases.take(f"{request.engine or 'unnamed'} at {unquote(context.peer())}", spec)
         except Refused as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         if not context.add_callback(lambda: lease.end("the engine has left, or is silent")):
