@@ -9,9 +9,15 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode, partition, prefill, sampler
+from lamina_jax.benchmarks import decode, exchange, partition, prefill, sampler
 
-BENCHMARKS = {"decode": decode, "partition": partition, "prefill": prefill, "sampler": sampler}
+BENCHMARKS = {
+    "decode": decode,
+    "exchange": exchange,
+    "partition": partition,
+    "prefill": prefill,
+    "sampler": sampler,
+}
 
 
 def main() -> None:

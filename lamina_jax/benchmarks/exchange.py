@@ -1,0 +1,213 @@
+"""The exchange: q there and (o, lse) back over each channel, beside raw ping-pongs of the same bytes.
+
+The engine's side is pinned to one core, a null worker in a process of its own to another. Three things are
+timed in turn, round after round, so that a busy neighbour meets all of them alike:
+
+raw: bytes over a plain socket or gRPC stream, nothing around them.
+frames: a channel, from a numpy array to a numpy array.
+arrays: from a jax array that has been computed, to the end of a compiled program that takes the answer as it
+lies in the receive buffer. The program reads one number of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamina_jax.benchmarks.null_worker import DEADLINE_SECONDS, RAW_METHOD, receive_raw
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.exchange.channel import Channel
+from lamina_jax.exchange.frames import Header, Kind
+from lamina_jax.exchange.grpc import GrpcChannel, stream_options
+from lamina_jax.exchange.socket import connect
+
+SIZES = {"4 KB": 4 << 10, "64 KB": 64 << 10, "1 MB": 1 << 20, "16 MB": 16 << 20}
+"""Bytes of q, in bfloat16 with a head dimension of 128; lse adds a 64th to the answer."""
+GOALS = {"tcp": 1.5, "unix": 1.5, "grpc": 1.3}
+"""At most so many times raw, at 64 KB."""
+
+Trip = Callable[[], float]
+"""One round trip; the seconds it took."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="4 KB, 64 KB and 1 MB in 20 rounds")
+    parser.add_argument("--rounds", type=int, default=50, help="timings of each way (default 50)")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a table; the results as plain dicts."""
+    sizes = list(SIZES)[:3] if args.quick else list(SIZES)
+    rounds = 20 if args.quick else args.rounds
+    allowed = os.sched_getaffinity(0)
+    engine, worker = min(allowed), max(allowed)
+    os.sched_setaffinity(0, {engine})
+    try:
+        results = [row for name in sizes for row in _measure(name, rounds, worker)]
+    finally:
+        os.sched_setaffinity(0, allowed)
+    print(f"round trips in microseconds between cores {engine} and {worker}; median of {rounds} rounds")
+    print(_table(results))
+    for row in results:
+        if row["size"] == "64 KB":
+            goal = GOALS[row["way"]]
+            word = "met" if row["arrays_ratio"] <= goal else "missed"
+            print(f"goal: {row['way']} at 64 KB at most {goal} x raw, is {row['arrays_ratio']:.2f}: {word}")
+    return results
+
+
+def _measure(name: str, rounds: int, core: int) -> list[dict[str, Any]]:
+    """The rows of one size."""
+    query = SIZES[name]
+    answer = query + query // 64
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
+        command = [sys.executable, "-m", "lamina_jax.benchmarks.null_worker"]
+        command += [folder, str(query), str(answer), str(core)]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert worker.stdout is not None
+            raw_port, frames_port, grpc_port = map(int, worker.stdout.readline().split())
+            options = [("grpc.use_local_subchannel_pool", 1), *stream_options(answer)]
+            with grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options) as calls:
+                channels: dict[str, Channel] = {
+                    "tcp": connect(f"127.0.0.1:{frames_port}", DEADLINE_SECONDS),
+                    "unix": connect(f"unix:{folder}/frames", DEADLINE_SECONDS),
+                    "grpc": GrpcChannel(calls, (), DEADLINE_SECONDS),
+                }
+                trips = {
+                    ("tcp", "raw"): _raw_socket(_plain_tcp(raw_port), query, answer),
+                    ("unix", "raw"): _raw_socket(_plain_unix(str(Path(folder, "raw"))), query, answer),
+                    ("grpc", "raw"): _raw_grpc(calls, query),
+                }
+                for way, channel in channels.items():
+                    trips[way, "frames"] = _frames(channel, query)
+                    trips[way, "arrays"] = _arrays(channel, query, answer)
+                times = _times(trips, rounds, max(2, min(50, (8 << 20) // query)))
+                for channel in channels.values():
+                    channel.close()
+        finally:
+            worker.kill()
+            worker.communicate()
+    return [
+        _row(way, name, {kind: times[way, kind] for kind in ("raw", "frames", "arrays")}) for way in channels
+    ]
+
+
+def _times(trips: dict[tuple[str, str], Trip], rounds: int, count: int) -> dict[tuple[str, str], list[float]]:
+    """Of each round the median of `count` trips, in microseconds. The first round warms up."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in trips}
+    for _ in range(rounds + 1):
+        for key, trip in trips.items():
+            times[key].append(1e6 * statistics.median(trip() for _ in range(count)))
+    return {key: values[1:] for key, values in times.items()}
+
+
+def _row(way: str, size: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians over the rounds; a ratio is the median of the rounds' ratios."""
+    row: dict[str, Any] = {"size": size, "way": way}
+    for kind, values in times.items():
+        tenth = statistics.quantiles(values, n=10)
+        row[f"{kind}_us"] = statistics.median(values)
+        row[f"{kind}_spread"] = (tenth[-1] - tenth[0]) / row[f"{kind}_us"]
+        row[f"{kind}_ratio"] = statistics.median(a / b for a, b in zip(values, times["raw"], strict=True))
+    return row
+
+
+def _raw_socket(sock: socket.socket, query: int, answer: int) -> Trip:
+    data, into = bytes(query), memoryview(bytearray(answer))
+
+    def trip() -> float:
+        started = time.perf_counter()
+        sock.sendall(data)
+        receive_raw(sock, into)
+        return time.perf_counter() - started
+
+    return trip
+
+
+def _plain_tcp(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _plain_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+
+def _raw_grpc(calls: grpc.Channel, query: int) -> Trip:
+    data = bytes(query)
+    outbox: SimpleQueue[bytes] = SimpleQueue()
+    call = calls.stream_stream(RAW_METHOD)(iter(outbox.get, None))
+
+    def trip() -> float:
+        started = time.perf_counter()
+        outbox.put(data)
+        next(call)
+        return time.perf_counter() - started
+
+    return trip
+
+
+def _frames(channel: Channel, query: int) -> Trip:
+    data = np.zeros(query, np.uint8)
+
+    def trip() -> float:
+        started = time.perf_counter()
+        channel.send(Header(Kind.QUERY, query), [data])
+        channel.receive(_room)
+        return time.perf_counter() - started
+
+    return trip
+
+
+def _arrays(channel: Channel, query: int, answer: int) -> Trip:
+    message = jax.ShapeDtypeStruct((answer // 2,), jnp.uint16)
+    consume = jax.jit(lambda answer: answer[-1]).lower(message).compile()
+    zeros = jnp.zeros((query // 256, 128), jnp.bfloat16)
+    produce = jax.jit(lambda q: q + 1).lower(zeros).compile()
+
+    def trip() -> float:
+        q = produce(zeros).block_until_ready()  # a new one, since jax keeps the numpy array of an old one
+        started = time.perf_counter()
+        channel.send(Header(Kind.QUERY, query), [np.asarray(q)])
+        consume(channel.receive(_room).payload.view(np.uint16)).block_until_ready()
+        return time.perf_counter() - started
+
+    return trip
+
+
+def _room(header: Header) -> int:
+    return header.length
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    header = ["", "raw", "spread", "frames", "spread", "of raw", "arrays", "spread", "of raw"]
+    rows = []
+    for row in results:
+        cells = [f"{row['size']}, {row['way']}", f"{row['raw_us']:.0f}", f"{row['raw_spread']:.0%}"]
+        for kind in ("frames", "arrays"):
+            cells += [
+                f"{row[f'{kind}_us']:.0f}",
+                f"{row[f'{kind}_spread']:.0%}",
+                f"{row[f'{kind}_ratio']:.2f}",
+            ]
+        rows.append(cells)
+    return format_table(header, rows)
