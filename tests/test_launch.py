@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina_jax.cluster.together import SAME_SIGNAL_SECONDS
 from lamina_jax.launch import is_here, main
 
 CLUSTER = """
@@ -161,9 +162,20 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     launched.process.terminate()
     launched.read_until(lambda: bool(launched.said("launch")))
+    time.sleep(SAME_SIGNAL_SECONDS)
     launched.process.send_signal(signal.SIGINT)
     assert launched.end() == 128 + signal.SIGKILL
     assert time.monotonic() - started < 1
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path: Path) -> None:
+    slow = DRAIN.replace("(print(", "(time.sleep(0.5), print(")
+    launched = Launched(tmp_path, slow, DRAIN)
+    launched.pids(2)
+    launched.process.terminate()
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.end() == 0
+    assert launched.said("engine")[-1] == "drained"
 
 
 def test_a_launcher_that_is_killed_leaves_no_orphan(tmp_path: Path) -> None:

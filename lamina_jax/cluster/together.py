@@ -15,6 +15,9 @@ from lamina_jax.cluster.commands import Command
 
 COLOURS = (36, 32, 33, 35, 34, 31)
 LONGEST_LINE = 1 << 16
+SAME_SIGNAL_SECONDS = 0.3
+"""In which a signal counts once: a terminal and a program like `timeout` may both pass on the same."""
+
 LAST_WORDS_SECONDS = 1.0
 """For output that is still in the pipes when a process has ended."""
 
@@ -38,6 +41,7 @@ class _Together:
         self._roles = ["launch", *(command.role for command in commands)]
         self._processes: dict[str, Process] = {}
         self._code = 0
+        self._stopped: float | None = None
         self._told, self._hurry = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> int:
@@ -56,10 +60,12 @@ class _Together:
 
     def _stop(self) -> None:
         """A signal came."""
-        if self._told.is_set():
-            self._hurry.set()
-        else:
+        now = asyncio.get_running_loop().time()
+        if self._stopped is None:
+            self._stopped = now
             self._print("launch", "ending; a second signal ends at once")
+        elif now > self._stopped + SAME_SIGNAL_SECONDS:
+            self._hurry.set()
         self._told.set()
 
     async def _follow(self, role: str, process: Process) -> None:

@@ -37,9 +37,11 @@ port = {0}
 [[workers]]
 host = "here"
 port = {1}
+devices = "cpu:0"
 [[workers]]
 host = "here"
 port = {2}
+devices = "cpu:0"
 """
 
 
