@@ -305,8 +305,9 @@ def test_generate_does_not_wait_for_ever(
     monkeypatch.setattr("lamina_jax.llm.WORKER_SECONDS", 0.05)
     monkeypatch.setattr(outage, "FIRST_PAUSE", 0.01)
     runner.kill("check", tries=1000)
+    llm.engine.submit(request("somebody else's"))
     with pytest.raises(WorkerLost, match=WORKER):
         llm.generate([1], GREEDY)
-    assert not llm.engine.has_work
+    assert llm.engine.scheduler.num_waiting == 1
     runner.revive()
     assert_served(llm.generate([1], GREEDY)[0])
