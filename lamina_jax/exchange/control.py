@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -30,6 +30,7 @@ from lamina_jax.exchange.security import (
     token_metadata,
 )
 from lamina_jax.exchange.specs import spec_to_message
+from lamina_jax.exchange.status import explain
 from lamina_jax.pool.spec import WorkerSpec
 
 SERVICE = "lamina_jax.Pool"
@@ -91,6 +92,8 @@ class WorkerClient:
         self.address, self.host = address, host_and_port("attention", address)[0]
         check_address(self.host, security, "attention")
         self._deadline = deadline_seconds
+        self.ssl_context: ssl.SSLContext | None
+        self._credentials: grpc.ChannelCredentials | None
         self.ssl_context, self._credentials = client_tls(security) or (None, None)
         self.metadata: Metadata = token_metadata(read_token(security))
         self._channel = self.open_channel(_CONTROL_OPTIONS)
@@ -144,7 +147,7 @@ class WorkerClient:
                 report(f"compiling on {self.address}", event.progress.done, event.progress.total)
             raise WorkerError(self.address, "it ended the lease before it was ready")
         except grpc.RpcError as error:
-            raise self._error(error) from None
+            raise self._error(error, leased=True) from None
         except BaseException:
             stream.cancel()
             raise
@@ -164,8 +167,9 @@ class WorkerClient:
                 f"(frames {VERSION}): run one release on both",
             )
 
-    def _error(self, error: grpc.RpcError) -> WorkerError:
-        return _explain(self.address, error.code(), error.details() or "")
+    def _error(self, error: grpc.RpcError, *, leased: bool = False) -> WorkerError:
+        reason, temporary = explain(self.address, error, leased=leased)
+        return WorkerError(self.address, reason, temporary=temporary)
 
 
 class Lease:
@@ -205,9 +209,7 @@ class Lease:
         self._stream.cancel()
 
     def _end(self) -> None:
-        reason = _explain(
-            self._address, self._stream.code(), self._stream.details() or "", leased=True
-        ).reason
+        reason = explain(self._address, self._stream, leased=True).reason
         with self._lock:
             if self._closed:
                 return
@@ -238,24 +240,19 @@ def connect(
         )
     until, pause = time.monotonic() + deadline_seconds, 0.1
     clients = [WorkerClient(address, security) for address in addresses]
-    missing = list(clients)
+    waiting = clients
     try:
-        while True:
-            errors = [error for client in missing if (error := _attempt(client)) is not None]
-            missing = [client for client in missing if client.address in {error.address for error in errors}]
-            if not errors:
-                return clients
-            names = ", ".join(error.address for error in errors)
-            report(f"waiting for attention workers: {names}", len(clients) - len(errors), len(clients))
+        while errors := [error for client in waiting if (error := _attempt(client))]:
+            names = [error.address for error in errors]
+            waiting = [client for client in waiting if client.address in names]
+            missing = ", ".join(names)
+            report(f"waiting for attention workers: {missing}", len(clients) - len(names), len(clients))
             if time.monotonic() + pause > until:
-                also = f" (missing too: {', '.join(e.address for e in errors[1:])})" if errors[1:] else ""
-                raise WorkerError(
-                    errors[0].address,
-                    f"{errors[0].reason}{also}; waited {deadline_seconds:g} s",
-                    temporary=True,
-                )
+                reason = f"{errors[0].reason}; waited {deadline_seconds:g} s for {missing}"
+                raise WorkerError(names[0], reason, temporary=True)
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+        return clients
     except BaseException:
         for client in clients:
             client.close()
@@ -271,40 +268,6 @@ def _attempt(client: WorkerClient) -> WorkerError | None:
             raise
         return error
     return None
-
-
-def _explain(address: str, code: grpc.StatusCode, details: str, *, leased: bool = False) -> WorkerError:
-    """A call's status in words; `leased`: the worker had answered before."""
-    stranger = f"what listens there does not answer as a lamina_jax worker ({details})"
-    temporary = True
-    match code:
-        case grpc.StatusCode.UNAVAILABLE if leased:
-            reason = f"it is gone ({details})"
-        case grpc.StatusCode.UNAVAILABLE if "handshake failed" in details:
-            temporary = False
-            reason = f"no TLS with it ({details}): its tls_cert and the engine's tls_ca must belong together"
-        case grpc.StatusCode.UNAVAILABLE if not _listens(address):
-            reason = (
-                f"nothing listens there: run `python -m lamina_jax.attend --listen {address}`, "
-                "or correct the address"
-            )
-        case grpc.StatusCode.UNAVAILABLE:
-            reason = f"{stranger}: correct the address; if it has a tls_cert, give the engine its tls_ca"
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            reason = "it takes connections, and has not answered in time"
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            reason = details
-        case grpc.StatusCode.UNIMPLEMENTED:
-            temporary, reason = False, f"{stranger}: correct the address"
-        case _:
-            temporary, reason = False, details or code.name
-    return WorkerError(address, reason, temporary=temporary)
-
-
-def _listens(address: str) -> bool:
-    with suppress(OSError), socket.create_connection(host_and_port("attention", address), timeout=1.0):
-        return True
-    return False
 
 
 def _minor(version: str) -> list[str]:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lamina_jax.worker.lease import Leases
+from lamina_jax.worker.leases import Leases
 
 
 class WorkerMetrics(Collector):

@@ -19,7 +19,8 @@ from lamina_jax.exchange.grpc import stream_options
 from lamina_jax.exchange.security import check_address, read_token, server_tls
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
 from lamina_jax.pool.spec import WorkerSpec
-from lamina_jax.worker.lease import Leases, Session
+from lamina_jax.worker.lease import Session
+from lamina_jax.worker.leases import Leases
 from lamina_jax.worker.metrics import WorkerMetrics
 from lamina_jax.worker.service import Facts, PoolService, TokenCheck
 from lamina_jax.worker.sockets import DataListener
@@ -54,6 +55,7 @@ class WorkerServer:
         host, port = host_and_port("listen", config.listen)
         check_address(host, security, "listen")
         self._config, self._make_session = config, make_session
+        self._credentials: grpc.ServerCredentials | None
         ssl_context, self._credentials = server_tls(security) or (None, None)
         self.leases = Leases(self._session)
         self._devices: Sequence[jax.Device] = ()

@@ -19,7 +19,8 @@ from lamina_jax.exchange.grpc import encode, serve_stream
 from lamina_jax.exchange.security import SESSION_KEY, shows_token
 from lamina_jax.exchange.specs import spec_from_message
 from lamina_jax.pool.spec import WorkerSpec
-from lamina_jax.worker.lease import Event, Leases, Refused
+from lamina_jax.worker.lease import Event, Refused
+from lamina_jax.worker.leases import Leases
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ import numpy as np
 from lamina_jax.exchange.channel import ChannelClosed, Frame, Room
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.exchange.socket import SocketChannel
-from lamina_jax.worker.lease import SESSION_ID_BYTES, Leases, Refused
+from lamina_jax.worker.lease import SESSION_ID_BYTES, Refused
+from lamina_jax.worker.leases import Leases
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class DataListener:
             connection.close()
             raise
         limit = threading.Timer(HELLO_SECONDS, channel.close)
+        limit.daemon = True
         limit.start()
         try:
             hello = channel.receive(_room_of_hello)

@@ -25,13 +25,12 @@ from lamina_jax.exchange import control
 from lamina_jax.exchange.channel import ChannelClosed
 from lamina_jax.exchange.control import WorkerClient, WorkerError, connect
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, Kind
-from lamina_jax.worker import lease as lease_module
-from lamina_jax.worker import service
+from lamina_jax.worker import leases, service
 
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "TAKE_SECONDS", 0.5)
+    monkeypatch.setattr(leases, "TAKE_SECONDS", 0.5)
 
 
 def test_describe_says_what_the_worker_is(start_worker: StartWorker) -> None:
