@@ -51,7 +51,8 @@ def decode(message: bytes, room: Room, pool: BufferPool) -> Frame:
     """
     if len(message) < HEADER_BYTES:
         raise ProtocolError(f"a message of {len(message)} bytes is no frame: a header has {HEADER_BYTES}")
-    header = unpack_header(memoryview(message)[:HEADER_BYTES])
+    view = memoryview(message)
+    header = unpack_header(view[:HEADER_BYTES])
     if len(message) != HEADER_BYTES + header.length:
         came = len(message) - HEADER_BYTES
         raise ProtocolError(f"{header.kind.name} should have {header.length} bytes, and came with {came}")
@@ -59,7 +60,7 @@ def decode(message: bytes, room: Room, pool: BufferPool) -> Frame:
     if size < header.length:
         raise ProtocolError(f"{header.kind.name} has {header.length} bytes, there is room for {size}")
     payload = pool.take(size)
-    payload[: header.length] = np.frombuffer(message, np.uint8, offset=HEADER_BYTES)
+    payload.data[: header.length] = view[HEADER_BYTES:]
     return Frame(header, payload)
 
 
