@@ -68,6 +68,9 @@ class EngineConfig:
         exchange: between the engine and its workers: "local" within a process, "socket" (blocking TCP, or
             a Unix socket on one host) or "grpc" (through any proxy); "auto" chooses and says why.
         wire_dtype: of q, k, v and o between the meshes; "auto" takes that of the activations.
+        timings: keep the times of the last steps over workers, layer by layer, and sum them up in the
+            statistics.
+        trace: a file that gets the last steps as a Chrome trace when the engine ends.
         security: of the connections to workers.
     """
 
@@ -90,6 +93,8 @@ class EngineConfig:
     partition: Literal["heads", "requests", "tokens"] = "heads"
     exchange: Literal["auto", "local", "socket", "grpc"] = "auto"
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    timings: bool = False
+    trace: str | None = None
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -113,6 +118,13 @@ class EngineConfig:
             raise ConfigError(
                 f"exchange={self.exchange} needs workers: name them with attention=HOST:PORT,..."
             )
+        for name in ("timings", "trace"):
+            if self.attention is None and getattr(self, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} takes the times of what crosses between processes, and "
+                    "within one nothing can be timed that is not held up: name workers with "
+                    f"attention=HOST:PORT,..., or leave {name} out"
+                )
         if self.attention and self.exchange == "local":
             raise ConfigError("exchange=local is within one process: leave attention out, or choose another")
         if self.partition == "tokens" and self.overlap == "off":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from lamina_jax.compilation import Job
 from lamina_jax.config import ConfigError, EngineConfig, is_loopback
-from lamina_jax.core import WorkerLost
+from lamina_jax.core import Sampled, StepPlan, WorkerLost
 from lamina_jax.devices import Devices
 from lamina_jax.engine.budget import Available
 from lamina_jax.engine.compute import ComputeSide
@@ -21,6 +23,9 @@ from lamina_jax.exchange.base import Exchange
 from lamina_jax.exchange.control import Lease, WorkerClient, WorkerError, connect
 from lamina_jax.exchange.data import open_channel
 from lamina_jax.exchange.remote import RemoteExchange, Worker
+from lamina_jax.exchange.timeline import Timeline
+from lamina_jax.exchange.timings import Timings, clock_offset
+from lamina_jax.exchange.trace import write_trace
 from lamina_jax.pool.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -76,6 +81,7 @@ class RemoteMemory:
             copies=table.copies,
             by_token=plan.partition.kind == "tokens",
         )
+        self.timings = self._new_timings(geometry.num_layers)
         exchange = RemoteExchange(
             self.devices,
             table,
@@ -83,14 +89,18 @@ class RemoteMemory:
             plan.partition,
             wire_dtype=geometry.wire_dtype,
             head_dim=geometry.head_dim,
+            timings=self.timings,
         )
         self._exchange = exchange
-        self._start = partial(_Taking, spec=spec, kind=self._config.exchange)
+        self._start = partial(_Taking, spec=spec, kind=self._config.exchange, timed=self.timings is not None)
         self._taking = [self._start(client) for client in self._clients]
         return exchange, [("attention workers", self._attach)]
 
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
-        return RemoteRunner(compute, exchange, overlap=overlap, memory=self)
+        runner = RemoteRunner(compute, exchange, overlap=overlap, memory=self)
+        if self._config.trace is not None and self.timings is not None:
+            weakref.finalize(runner, write_trace, self._config.trace, self.timings)
+        return runner
 
     def page_devices(self) -> list[str]:
         return list(self.names)
@@ -120,6 +130,18 @@ class RemoteMemory:
         self._attach()
         return True
 
+    def _new_timings(self, layers: int) -> Timings | None:
+        config = self._config
+        if not config.timings and config.trace is None:
+            return None
+        timings = Timings(layers, [client.address for client in self._clients])
+        if config.trace is not None:
+            try:
+                write_trace(config.trace, timings)  # of nothing yet; to find out whether it can be written
+            except OSError as error:
+                raise ConfigError(f"trace={config.trace!r} cannot be written: {error.strerror}") from None
+        return timings
+
     def _attach(self) -> None:
         """Wait for all workers and connect the exchange with them; raises the first `WorkerError`."""
         for taking in self._taking:
@@ -137,9 +159,9 @@ class _Taking(threading.Thread):
     lease: Lease
     worker: Worker
 
-    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str) -> None:
+    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str, timed: bool) -> None:
         super().__init__(name=f"lease {client.address}", daemon=True)
-        self.client, self._spec, self._kind = client, spec, kind
+        self.client, self._spec, self._kind, self._timed = client, spec, kind, timed
         self.error: WorkerError | None = None
         self.start()
 
@@ -147,7 +169,8 @@ class _Taking(threading.Thread):
         try:
             self.lease = self.client.lease(self._spec)
             channel = open_channel(self.client, self.lease, self._kind)
-            self.worker = Worker(self.client.address, channel)
+            offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
+            self.worker = Worker(self.client.address, channel, offset)
         except WorkerError as error:
             self.error = error
         except Exception as error:  # whatever it is, the engine must hear of it
@@ -167,7 +190,32 @@ class RemoteRunner(DisaggregatedRunner):
         self, compute: ComputeSide, exchange: Exchange, *, overlap: bool, memory: RemoteMemory
     ) -> None:
         super().__init__(compute, exchange, overlap=overlap)
-        self._memory = memory
+        self._memory, self._timings = memory, memory.timings
+
+    def dispatch(self, plan: StepPlan) -> Any:
+        if self._timings is None:
+            return super().dispatch(plan)
+        self._timings.begin_step(plan.step)
+        step = super().dispatch(plan)
+        self._timings.end_dispatch()
+        return step
+
+    def read(self, step: Any) -> list[Sampled]:
+        results = super().read(step)
+        if self._timings is not None:
+            self._timings.end_step()
+        return results
+
+    def timeline(self) -> Timeline | None:
+        """The last steps, layer by layer, where their times are kept."""
+        return None if self._timings is None else Timeline(self._timings)
+
+    def stats(self) -> dict[str, Any]:
+        """With "timings" where they are kept: see docs/timings.md."""
+        stats = super().stats()
+        if self._timings is not None:
+            stats["timings"] = {**Timeline(self._timings).sums(), **self._timings.host()}
+        return stats
 
     def check(self) -> None:
         self._memory.check()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import monotonic_ns
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ from lamina_jax.exchange.base import WireCount
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
-from lamina_jax.exchange.sender import Outgoing, Sender
+from lamina_jax.exchange.sender import Outgoing, Sender, TimedOutgoing
+from lamina_jax.exchange.timings import Stamps, Timings
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.metadata import StepMetadata
@@ -45,10 +47,14 @@ class Worker:
         channel: to it.
         due_bytes: of the answers that have not come.
         lost: why it is lost, if it is.
+        clock_offset_ns: about how much its clock is ahead of ours.
+        stamps: where its times are noted; None: nowhere.
     """
 
-    def __init__(self, address: str, channel: Channel) -> None:
-        self.address, self.channel = address, channel
+    stamps: Stamps | None = None
+
+    def __init__(self, address: str, channel: Channel, clock_offset_ns: int = 0) -> None:
+        self.address, self.channel, self.clock_offset_ns = address, channel, clock_offset_ns
         self.due_bytes = 0
         self.lost: str | None = None
         self._kept: dict[Header, np.ndarray] = {}
@@ -68,6 +74,8 @@ class Worker:
         Raises:
             WorkerLost: it will not come.
         """
+        if self.stamps is not None:
+            self.stamps.waits(wanted)
         while wanted not in self._kept:
             try:
                 header, payload = self.channel.receive(self._room)
@@ -78,6 +86,8 @@ class Worker:
             if header.kind == Kind.FAILED:
                 self.lose(payload.tobytes().decode(errors="replace"))
                 break
+            if self.stamps is not None:
+                self.stamps.answered(header)
             self.due_bytes -= header.length
             self._kept[header._replace(received_ns=0, done_ns=0)] = payload
             if len(self._kept) > MOST_KEPT:
@@ -102,6 +112,7 @@ class RemoteExchange:
         table: which heads the compute mesh exchanges with each device of a part.
         partition: how the parts share the cache.
         wire_dtype, head_dim: of what is exchanged.
+        timings: what the times of it are noted in; None: nothing is.
     """
 
     def __init__(
@@ -113,9 +124,10 @@ class RemoteExchange:
         *,
         wire_dtype: str,
         head_dim: int,
+        timings: Timings | None = None,
     ) -> None:
         self.workers: tuple[Worker, ...] = ()
-        self.table, self.partition = table, partition
+        self.table, self.partition, self.timings = table, partition, timings
         self.joined = NamedSharding(mesh, P(*mesh.axis_names))
         self.message_dtype = message_dtype(wire_dtype)
         self._heads, self._head_dim = table.pieces[0].q_stop, head_dim
@@ -131,10 +143,16 @@ class RemoteExchange:
     def attach(self, workers: Sequence[Worker]) -> None:
         """Exchange with these from now on; those of one part of the cache follow each other."""
         self.workers, self._sender = tuple(workers), Sender()
+        if self.timings is not None:
+            self.timings.restart([worker.clock_offset_ns for worker in workers], self._sender.cpu_ns)
+            for worker, stamps in zip(workers, self.timings.workers, strict=True):
+                worker.stamps = stamps
 
     def begin(self, plan: MicrobatchPlan) -> RemoteStep:
         self._steps = self._steps + 1 & 0xFFFFFFFF
         header = Header(Kind.BEGIN, 0, plan.microbatch, 0, self._steps)
+        if self.timings is not None:
+            self.timings.begin(header)
         told = self.partition.split(plan)
         return RemoteStep(self, header, list(self._targets(header, routes(self.partition, plan), told)))
 
@@ -234,7 +252,10 @@ class RemoteStep:
             tokens = target.tokens if kind == Kind.KV else None
             if tokens is not None and not len(tokens):
                 continue
-            frame = Outgoing(target.worker.channel, header, sent, tokens)
+            channel, stamps = target.worker.channel, target.worker.stamps
+            frame = Outgoing(channel, header, sent, tokens)
+            if stamps is not None:
+                frame = TimedOutgoing(channel, header, sent, tokens, stamps=stamps, given_ns=monotonic_ns())
             self._exchange.wire.count(frame.nbytes)
             self._exchange.send(target.worker, frame)
             if kind != Kind.KV:

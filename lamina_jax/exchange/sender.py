@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic_ns
 
 import jax
 import numpy as np
 
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.frames import Header
+from lamina_jax.exchange.timings import Stamps
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,31 @@ class Outgoing:
 
     def send(self) -> None:
         """Wait for the arrays and send them. Raises `ChannelClosed`."""
-        buffers = [_bytes(np.asarray(array), self.tokens) for array in self.arrays]
+        self.channel.send(self.header._replace(length=self.nbytes), self.buffers())
+
+    def buffers(self) -> list[np.ndarray]:
+        """The payload, once the arrays have been computed."""
+        return [_bytes(np.asarray(array), self.tokens) for array in self.arrays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedOutgoing(Outgoing):
+    """A frame that notes when its arrays had been computed, and when it had been sent.
+
+    Attributes:
+        stamps: of its worker.
+        given_ns: when it was given to the sender.
+    """
+
+    stamps: Stamps
+    given_ns: int
+
+    def send(self) -> None:
+        computed = self.ready
+        buffers = self.buffers()
+        ready_ns = self.given_ns if computed else monotonic_ns()
         self.channel.send(self.header._replace(length=self.nbytes), buffers)
+        self.stamps.sent(self.header, ready_ns)
 
 
 class Sender:
@@ -72,6 +98,11 @@ class Sender:
             return
         self._given += 1
         self._waiting.put(frame)
+
+    def cpu_ns(self) -> int:
+        """CPU time that the thread has used; to be asked before it is closed."""
+        assert self._thread.ident is not None
+        return time.clock_gettime_ns(time.pthread_getcpuclockid(self._thread.ident))
 
     def close(self, seconds: float) -> None:
         """End the thread, once its channels are closed."""
