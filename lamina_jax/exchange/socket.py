@@ -55,7 +55,8 @@ class SocketChannel:
         self._sock, self._peer = sock, _peer_name(sock)
         self._deadline = deadline_seconds
         self._idle = math.inf if idle_seconds is None else idle_seconds
-        tick = min(self._deadline, self._idle) / 4  # how often a wait looks at the clock
+        # How often a wait looks at the clock; to the kernel 0 would be never.
+        tick = max(min(self._deadline, self._idle) / 4, 1e-3)
         _prepare(sock, tick)
         stream = TlsStream(sock, tick) if isinstance(sock, ssl.SSLSocket) else sock
         self._sendmsg, self._recv_into = stream.sendmsg, stream.recv_into
@@ -75,6 +76,9 @@ class SocketChannel:
             sent = 0
         except OSError as error:
             raise self._closed(error) from error
+        except BaseException:
+            self.close()  # a part of the frame may be out
+            raise
         if sent != size:
             self._send_rest(frame, sent, size)
         self.bytes_sent += size
@@ -150,7 +154,7 @@ class SocketChannel:
         except OSError as error:
             raise self._closed(error) from error
         except BaseException:
-            self.close()  # half a frame is out
+            self.close()
             raise
 
     def _closed(self, why: object) -> ChannelClosed:
