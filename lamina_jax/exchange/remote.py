@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
+from typing import Any
 
 import jax
 import numpy as np
@@ -132,7 +133,7 @@ class RemoteExchange:
         self.message_dtype = message_dtype(wire_dtype)
         self._heads, self._head_dim = table.pieces[0].q_stop, head_dim
         self._compute = list(mesh.devices.flat)
-        self._in_place = len(self._compute) == 1 and self._compute[0].platform == "cpu"
+        self.in_place = len(self._compute) == 1 and self._compute[0].platform == "cpu"
         self._pieces = [
             range(i, i + devices * table.per_worker)
             for i in range(0, len(table.pieces), devices * table.per_worker)
@@ -192,7 +193,7 @@ class RemoteExchange:
 
     def place(self, message: np.ndarray, piece: int) -> jax.Array | np.ndarray:
         """A message where its shard's program reads it; on a CPU of one shard, where it is."""
-        if self._in_place:
+        if self.in_place:
             return message
         return jax.device_put(message, self._compute[self.table.pieces[piece].shard])
 
@@ -231,7 +232,7 @@ class RemoteStep:
     def send_all(self, layer: int, qkv: Arrays) -> None:
         self._send(Kind.QKV, layer, qkv)
 
-    def receive(self, layer: int) -> Arrays:
+    def receive(self, layer: int) -> tuple[Any, ...]:
         exchange, found = self._exchange, []
         for target in self._targets:
             length = len(target.pieces) * target.answer_bytes
@@ -240,6 +241,8 @@ class RemoteStep:
             exchange.wire.count(length)
             messages = answer.reshape(len(target.pieces), -1)
             found += [exchange.place(*pair) for pair in zip(messages, target.pieces, strict=True)]
+        if exchange.in_place:
+            return tuple(found)
         return arrays_of(found, exchange.table, exchange.joined)
 
     def _send(self, kind: Kind, layer: int, arrays: Arrays) -> None:

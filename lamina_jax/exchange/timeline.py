@@ -65,7 +65,7 @@ class Timeline:
         ]
         received, done = (np.where(back, ns[..., i] - offsets, 0) for i in (RECEIVED, DONE))
         waited, taken = ns[..., WAITED], np.maximum(answered, ns[..., WAITED])
-        came = np.where(waited < answered, np.maximum(done, waited), done)
+        came = np.where(waited <= answered, np.maximum(done, waited), done)
 
         computed = np.where(ready > 0, ready, np.iinfo(np.int64).max).min(axis=2)
         computed[computed == np.iinfo(np.int64).max] = 0
