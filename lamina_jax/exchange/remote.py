@@ -65,6 +65,16 @@ class Worker:
         self.lost = self.lost or reason
         self.channel.close()
 
+    def frame(
+        self, header: Header, arrays: Sequence[jax.Array | np.ndarray], tokens: np.ndarray | None
+    ) -> Outgoing:
+        """What is to be sent to it of a layer; see `Outgoing`."""
+        if self.stamps is None:
+            return Outgoing(self.channel, header, arrays, tokens)
+        return TimedOutgoing(
+            self.channel, header, arrays, tokens, stamps=self.stamps, given_ns=monotonic_ns()
+        )
+
     def begin(self, microbatch: int) -> None:
         """A step of a microbatch begins: nobody comes for answers of the one before."""
         self._kept = {key: kept for key, kept in self._kept.items() if key.microbatch != microbatch}
@@ -255,10 +265,7 @@ class RemoteStep:
             tokens = target.tokens if kind == Kind.KV else None
             if tokens is not None and not len(tokens):
                 continue
-            channel, stamps = target.worker.channel, target.worker.stamps
-            frame = Outgoing(channel, header, sent, tokens)
-            if stamps is not None:
-                frame = TimedOutgoing(channel, header, sent, tokens, stamps=stamps, given_ns=monotonic_ns())
+            frame = target.worker.frame(header, sent, tokens)
             self._exchange.wire.count(frame.nbytes)
             self._exchange.send(target.worker, frame)
             if kind != Kind.KV:

@@ -51,11 +51,15 @@ class Outgoing:
 
     def send(self) -> None:
         """Wait for the arrays and send them. Raises `ChannelClosed`."""
-        self.channel.send(self.header._replace(length=self.nbytes), self.buffers())
+        self._send(self._buffers())
 
-    def buffers(self) -> list[np.ndarray]:
+    def _buffers(self) -> list[np.ndarray]:
         """The payload, once the arrays have been computed."""
         return [_bytes(np.asarray(array), self.tokens) for array in self.arrays]
+
+    def _send(self, buffers: list[np.ndarray]) -> None:
+        length = sum([buffer.nbytes for buffer in buffers])
+        self.channel.send(self.header._replace(length=length), buffers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,9 @@ class TimedOutgoing(Outgoing):
 
     def send(self) -> None:
         computed = self.ready
-        buffers = self.buffers()
+        buffers = self._buffers()
         ready_ns = self.given_ns if computed else monotonic_ns()
-        self.channel.send(self.header._replace(length=self.nbytes), buffers)
+        self._send(buffers)
         self.stamps.sent(self.header, ready_ns)
 
 

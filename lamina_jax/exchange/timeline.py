@@ -67,9 +67,7 @@ class Timeline:
         waited, taken = ns[..., WAITED], np.maximum(answered, ns[..., WAITED])
         came = np.where(waited <= answered, np.maximum(done, waited), done)
 
-        computed = np.where(ready > 0, ready, np.iinfo(np.int64).max).min(axis=2)
-        computed[computed == np.iinfo(np.int64).max] = 0
-        compute = _in_turn(_inputs(rows, answered.max(axis=2)), computed)
+        compute = _in_turn(_inputs(rows, answered.max(axis=2)), ready.max(axis=2))
         send = _in_turn(ready, sent)
         wire_out, wire_back = _spans(ready[..., 0], received, back), _spans(came, answered, back)
         attention, wait = _spans(received, done, back), _spans(waited, taken, waited > 0)
