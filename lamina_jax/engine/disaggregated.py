@@ -71,8 +71,7 @@ class DisaggregatedRunner:
             self._run_slice(batches[batch.microbatch], 0)
         for microbatch in list(self._unfinished):
             self._finish(microbatch)
-        for index, microbatch, _ in dispatch_order(order, self._compute.num_slices - 2, replicas=1):
-            self._run_slice(batches[microbatch], index + 1)
+        self._run_layers(order, batches)
         self._unfinished = dict(batches)
         self._steps += 1
         self._seconds += time.perf_counter() - started
@@ -117,6 +116,11 @@ class DisaggregatedRunner:
                 self._last[microbatch] = batch.chosen.tokens
         if plan.prompt_targets is not None:
             batch.prompt = compute.prompt_logprobs(plan, batch.step, **before)
+
+    def _run_layers(self, order: list[int], batches: dict[int, _InFlight]) -> None:
+        """Queue all slices but the first and the last."""
+        for index, microbatch, _ in dispatch_order(order, self._compute.num_slices - 2, replicas=1):
+            self._run_slice(batches[microbatch], index + 1)
 
     def _before(self, batch: _InFlight, index: int) -> dict[str, Any]:
         """What slice `index` merges and goes on with."""

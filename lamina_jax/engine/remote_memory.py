@@ -200,6 +200,11 @@ class RemoteRunner(DisaggregatedRunner):
         self._timings.end_dispatch()
         return step
 
+    def _run_layers(self, order: list[int], batches: dict[int, Any]) -> None:
+        if self._timings is not None:
+            self._timings.begin_layers()
+        super()._run_layers(order, batches)
+
     def read(self, step: Any) -> list[Sampled]:
         results = super().read(step)
         if self._timings is not None:

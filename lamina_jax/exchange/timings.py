@@ -81,7 +81,7 @@ class Timings:
         if step == 0:
             self._forget()
         self._begun, self._step, self._step_began = self._begun + 1, step, monotonic_ns()
-        self._cpu_ns = time.thread_time_ns()
+        self._step_rows, self._step_cpu_ns = 0, self._cpu_ns()
 
     def begin(self, header: Header) -> None:
         """A microbatch of the step begins."""
@@ -89,25 +89,34 @@ class Timings:
         for stamps in self.workers:
             stamps.ns[row] = 0
         self.rows[row] = (self._begun, self._step, header.microbatch, self._step_began, monotonic_ns())
-        self._rows += 1
+        self._step_rows += 1
+
+    def begin_layers(self) -> None:
+        """From here on the step's dispatch goes from layer to layer, and does nothing else."""
+        self._layers_cpu_ns = self._cpu_ns()
 
     def end_dispatch(self) -> None:
         """All of the step has been dispatched by the thread that began it."""
-        self._loop_ns += time.thread_time_ns() - self._cpu_ns
+        now = self._cpu_ns()
+        self._host_ns += now - self._step_cpu_ns
+        self._hops_ns += now - self._layers_cpu_ns
+        self._host_steps += 1
+        self._hops += self._step_rows * (self._layers - 1)
 
     def end_step(self) -> None:
         """The first of the steps that had not ended has been read."""
         self._ended += 1
-        self._host_ns = self._loop_ns + self._sender_cpu_ns() - self._sender_began
-        self._host_steps, self._host_hops = self._begun - self._first, self._rows * self._layers
 
     def host(self) -> dict[str, float]:
-        """CPU time since the last restart, in microseconds: `host` per step, `host_per_hop` per layer of a
-        microbatch. It is that of the loop while it dispatches and of the sender's thread."""
+        """CPU time of the loop's and the sender's thread since the last restart, in microseconds: `host`,
+        of a step's dispatch; `host_per_hop`, of what it does for one more layer of one microbatch."""
         return {
             "host": 1e-3 * self._host_ns / max(self._host_steps, 1),
-            "host_per_hop": 1e-3 * self._host_ns / max(self._host_hops, 1),
+            "host_per_hop": 1e-3 * self._hops_ns / max(self._hops, 1),
         }
+
+    def _cpu_ns(self) -> int:
+        return time.thread_time_ns() + self._sender_cpu_ns()
 
     def select(self) -> tuple[np.ndarray, np.ndarray]:
         """(indices of the rows known, in the order in which they began; which of them are of ended steps)."""
@@ -120,9 +129,7 @@ class Timings:
         self._first = self._ended = self._begun
         if not self._begun:
             self.rows["count"] = 0
-        self._sender_began = self._sender_cpu_ns()
-        self._loop_ns, self._rows = 0, 0
-        self._host_ns, self._host_steps, self._host_hops = 0, 0, 0
+        self._host_ns, self._host_steps, self._hops_ns, self._hops = 0, 0, 0, 0
 
 
 def clock_offset(clock_ns: Callable[[], int]) -> int:
