@@ -24,6 +24,7 @@ PIPE_BYTES = 1 << 20
 
 MOST_AT_ONCE, LEAST_AT_ONCE = 1 << 16, 1 << 11
 
+_TURNS = 8  # of one flow before the others have theirs
 _START_SECONDS = 20.0
 
 
@@ -135,15 +136,17 @@ class Flow:
 
     def take(self) -> None:
         """What has come from the source. Raises OSError where the connection is broken."""
-        try:
-            size = os.splice(self.source.fileno(), self._in, self._link.at_once, flags=os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
-            self.full = bool(self._held)
-            return
-        if size:
+        source, most = self.source.fileno(), self._link.at_once
+        for turn in range(_TURNS):
+            try:
+                size = os.splice(source, self._in, most, flags=os.SPLICE_F_NONBLOCK)
+            except BlockingIOError:
+                self.full = turn == 0 and bool(self._held)
+                return
+            if not size:
+                self._ended = True
+                return
             self._held.append((self._link.due(size), size))
-        else:
-            self._ended = True
 
     def give(self) -> None:
         """All that is due. Raises OSError where the connection is broken."""
