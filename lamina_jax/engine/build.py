@@ -168,7 +168,16 @@ def _memory_side(
 def _table(shape: ModelConfig, config: EngineConfig, shards: int, memory: MemorySide) -> HeadTable:
     """Which heads the compute devices exchange with the devices of one part of the cache."""
     parts = 1 if config.partition == "heads" else memory.workers
-    return head_table(shape.num_heads, shape.num_kv_heads, shards, memory.workers * memory.devices // parts)
+    holders, heads = memory.workers * memory.devices // parts, shape.num_kv_heads
+    if heads % holders:
+        who = f"{memory.workers} attention workers" if parts == 1 else "an attention worker"
+        with_devices = f" with {memory.devices} devices each" if memory.devices > 1 else ""
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and n % memory.devices == 0)
+        raise ConfigError(
+            f"{who}{with_devices} cannot share the model's {heads} KV heads evenly; {fitting or 'no number'} "
+            "would, counted in devices; or choose partition=requests or tokens"
+        )
+    return head_table(shape.num_heads, heads, shards, holders)
 
 
 def _disaggregated(

@@ -1,0 +1,204 @@
+"""Attention workers behind real sockets and gRPC: the collocated model's tokens, the formula's bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import SMALL, TINY, save_random
+
+from lamina_jax import LLM, ConfigError, SamplingParams
+from lamina_jax.config import AttendConfig, SecurityConfig
+from lamina_jax.core import StepPlan
+from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.exchange.frames import HEADER_BYTES
+from lamina_jax.exchange.remote import RemoteExchange
+from lamina_jax.models import ModelConfig
+from lamina_jax.pool.partition import Partition
+from lamina_jax.worker.server import WorkerServer
+from lamina_jax.worker.session import Session
+
+WINDOWED = dataclasses.replace(TINY, family="qwen2", num_layers=3, num_kv_heads=2, windows=(24, None, 24))
+MODELS = {"full": dataclasses.replace(TINY, num_layers=2, num_heads=12, num_kv_heads=6), "windows": WINDOWED}
+"""Six KV heads are shared evenly by 1, 2 and 3 workers."""
+
+SETTINGS: dict[str, Any] = {**SMALL, "prefill_stall_ms": math.inf, "compute_devices": "cpu:0"}
+LENGTHS = (1, 9, 64, 80, 17)
+"""Shorter and longer than a page, a chunk and a window, more of them than there are seats."""
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
+SEEDED = SamplingParams(max_tokens=12, temperature=0.9, seed=7, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {
+        name: str(save_random(tmp_path_factory.mktemp("tiny"), config)) for name, config in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, str]) -> dict[str, list[list[int]]]:
+    """The collocated model's tokens."""
+    return {
+        name: tokens_of(LLM(folder, placement="collocated", **SETTINGS))
+        for name, folder in checkpoints.items()
+    }
+
+
+@pytest.fixture
+def workers() -> Iterator[Callable[..., str]]:
+    """Starts workers of this process, all on the same devices: a program is compiled once. Their addresses."""
+    with ExitStack() as stack:
+
+        def start(count: int, devices: int = 1) -> str:
+            addresses = []
+            for _ in range(count):
+                config = AttendConfig(listen="127.0.0.1:0", devices=f"cpu:1-{devices}")
+                server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), Session)))
+                server.start()
+                addresses.append(f"127.0.0.1:{server.port}")
+            return ",".join(addresses)
+
+        yield start
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    """Greedy and seeded continuations of the same prompts, all at once."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, TINY.vocab_size, size=length).tolist() for length in LENGTHS] * 2
+    sampling = [GREEDY] * len(LENGTHS) + [SEEDED] * len(LENGTHS)
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, sampling)]
+
+
+EVERY = [
+    ("full", *case)
+    for case in itertools.product(
+        ("socket", "grpc"), ("heads", "requests", "tokens"), (1, 2, 3), (1, 2), ("on", "off")
+    )
+    if not (case[1] == "tokens" and case[4] == "off")
+] + [("windows", "socket", partition, 2, 1, "on") for partition in ("heads", "requests", "tokens")]
+SOME = [
+    ("full", "socket", "heads", 3, 2, "on"),
+    ("full", "grpc", "heads", 2, 1, "off"),
+    ("full", "socket", "requests", 3, 1, "off"),
+    ("full", "grpc", "requests", 2, 2, "on"),
+    ("full", "socket", "tokens", 3, 2, "on"),
+    ("windows", "socket", "tokens", 2, 1, "on"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "exchange", "partition", "count", "microbatches", "overlap"),
+    [pytest.param(*case, marks=[] if case in SOME else [pytest.mark.slow]) for case in EVERY],
+)
+def test_every_way_gives_the_collocated_tokens(
+    checkpoints: dict[str, str],
+    expected: dict[str, list[list[int]]],
+    workers: Callable[..., str],
+    model: str,
+    exchange: Any,
+    partition: Any,
+    count: int,
+    microbatches: Any,
+    overlap: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans: list[StepPlan] = []
+    dispatch = DisaggregatedRunner.dispatch
+
+    def spy(self: DisaggregatedRunner, plan: StepPlan) -> Any:
+        plans.append(plan)
+        return dispatch(self, plan)
+
+    monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
+    llm = LLM(
+        checkpoints[model],
+        attention=workers(count),
+        exchange=exchange,
+        partition=partition,
+        microbatches=microbatches,
+        overlap=overlap,
+        **SETTINGS,
+    )
+    assert tokens_of(llm) == expected[model]
+
+    stats = llm.stats()
+    assert stats["compilations_after_ready"] == 0
+    assert stats["pages_free"] == stats["pages_total"]
+    sent = wire(plans, MODELS[model], llm, count, together=overlap == "off")
+    assert (
+        stats["wire_bytes_per_step"] * stats["steps"],
+        stats["wire_messages_per_step"] * stats["steps"],
+    ) == (
+        pytest.approx(sent[0]),
+        pytest.approx(sent[1]),
+    )
+    check_sockets(llm)
+
+
+def wire(
+    plans: list[StepPlan], config: ModelConfig, llm: LLM, count: int, *, together: bool
+) -> tuple[int, int]:
+    """Tensor bytes, (2 + 2/G) e d B L + 4 N B L by head and by request, q W + (k, v) + W (o + lse) by token,
+    and messages: of each worker that takes part q, k and v, and an answer, the first two as one where
+    they go together."""
+    partition = llm.engine.runner.exchange.partition  # type: ignore[attr-defined]
+    head = 4 * config.head_dim
+    query, kv = config.num_heads * head, 2 * config.num_kv_heads * head
+    answer = query + 4 * config.num_heads
+    size = messages = 0
+    for batch in (batch for plan in plans for batch in plan.microbatches):
+        rows = batch.bucket[0] * batch.bucket[1]
+        by_token = partition.kind == "tokens"
+        alone = partition.kind == "requests" and batch.worker is not None
+        takers = 1 if alone else count
+        kept = kept_tokens(partition, batch) if by_token else [rows] * takers
+        tokens = sum(kept) if by_token else rows
+        size += config.num_layers * (
+            tokens * kv + batch.cached * (takers if by_token else 1) * rows * (query + answer)
+        )
+        kv_messages = 0 if together and batch.cached else sum(number > 0 for number in kept)
+        messages += config.num_layers * (kv_messages + 2 * takers * batch.cached)
+    return size, messages
+
+
+def kept_tokens(partition: Partition, batch: Any) -> list[int]:
+    return [len(partition.kept(told.slots)) for told in partition.split(batch) if told is not None]
+
+
+def check_sockets(llm: LLM) -> None:
+    """What the channels counted is what the exchange did, and a header for each frame."""
+    exchange = llm.engine.runner.exchange  # type: ignore[attr-defined]
+    assert isinstance(exchange, RemoteExchange)
+    channels = [worker.channel for worker in exchange.workers]
+    frames = sum(channel.frames_sent + channel.frames_received for channel in channels)
+    crossed = sum(channel.bytes_sent + channel.bytes_received for channel in channels)
+    wire = exchange.wire
+    hello = 16 * sum(channel.__class__.__name__ == "SocketChannel" for channel in channels)
+    assert crossed == wire.tensor_bytes + wire.metadata_bytes + hello + HEADER_BYTES * frames
+
+
+@pytest.mark.parametrize("partition", ["heads", "tokens"])
+def test_workers_with_two_devices_each(
+    checkpoints: dict[str, str],
+    expected: dict[str, list[list[int]]],
+    workers: Callable[..., str],
+    partition: Any,
+) -> None:
+    name, count = ("windows", 2) if partition == "tokens" else ("full", 3)
+    llm = LLM(checkpoints[name], attention=workers(count, 2), partition=partition, overlap="on", **SETTINGS)
+    assert tokens_of(llm) == expected[name]
+
+
+def test_workers_that_cannot_share_the_heads_are_refused(
+    checkpoints: dict[str, str], workers: Callable[..., str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"4 attention workers.*6 KV heads.*1, 2, 3, 6 would"):
+        LLM(checkpoints["full"], attention=workers(4), **SETTINGS)
