@@ -258,7 +258,8 @@ class MicrobatchPlan:
     """What one microbatch does in one step. All arrays are numpy, their shapes static per bucket.
 
     A microbatch is B rows of Q new tokens; T = B * Q. Row b belongs to `request_ids[b]`; rows where it is
-    "", and rows beyond `len(request_ids)`, are padding, as are the last tokens of a row whose prompt is shorter than Q.
+    "", and rows beyond `len(request_ids)`, are padding, as are the last tokens of a row whose prompt is
+    shorter than Q.
     M is the width of a block table (pages of the longest request), p the page size.
 
     Attributes:

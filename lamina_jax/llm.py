@@ -120,6 +120,16 @@ class LLM:
         """
         return self.engine.stats()
 
+    def close(self) -> None:
+        """Give attention workers back, where there are some; `with LLM(...) as llm` does it at the end."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _wait_for_worker(self) -> None:
         """Until no worker is lost. Raises `WorkerLost` where that takes too long."""
         deadline = time.monotonic() + WORKER_SECONDS

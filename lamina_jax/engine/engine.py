@@ -198,6 +198,14 @@ class Engine:
                 raise
             self._outage = Outage(lost, self._recoverable.recover)
             return self._end_running(str(lost))
+        except BaseException:
+            self._end_running("the engine has failed at a step")  # which nobody can read any more
+            raise
+
+    def close(self) -> None:
+        """Give attention workers back; nothing can be dispatched any more."""
+        if self._recoverable is not None:
+            self._recoverable.close()
 
     def _end_running(self, error: str) -> list[RequestOutput]:
         """End with an error all requests of which something ran; nothing is in flight any more."""

@@ -142,6 +142,14 @@ class RemoteMemory:
                 raise ConfigError(f"trace={config.trace!r} cannot be written: {error.strerror}") from None
         return timings
 
+    def close(self) -> None:
+        """Give all workers back."""
+        self._exchange.close()
+        for taking in self._taking:
+            taking.release()
+        for client in self._clients:
+            client.close()
+
     def _attach(self) -> None:
         """Wait for all workers and connect the exchange with them; raises the first `WorkerError`."""
         for taking in self._taking:
@@ -228,3 +236,7 @@ class RemoteRunner(DisaggregatedRunner):
     def recover(self) -> bool:
         self.forget()
         return self._memory.recover()
+
+    def close(self) -> None:
+        self.forget()
+        self._memory.close()

@@ -49,3 +49,7 @@ class RecoverableRunner(ModelRunner, Protocol):
             WorkerLost: they are not, and this is what is known of it now.
         """
         ...
+
+    def close(self) -> None:
+        """Give the workers back."""
+        ...

@@ -40,4 +40,5 @@ def _padding(bucket: tuple[int, int], config: SchedulerConfig) -> MicrobatchPlan
         logits_at=zeros[:, 0],
         cached=True,
         samples=np.ones(rows, bool),
+        worker=0 if config.partition == "requests" else None,
     )

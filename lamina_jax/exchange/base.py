@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -54,7 +54,7 @@ class StepExchange(Protocol):
         """qkv[b, Q, t (n + 2k), H]: both of the above. Every shard sends its k and v, copies too."""
         ...
 
-    def receive(self, layer: int) -> tuple[jax.Array, ...]:
+    def receive(self, layer: int) -> tuple[Any, ...]:
         """The cached parts: c / t arrays of t messages of `lamina_jax.pool.message`, on their shards, for
         each segment, or for each worker where the tokens are partitioned."""
         ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -99,7 +100,7 @@ class LocalStep:
             )
         ]
 
-    def receive(self, layer: int) -> Arrays:
+    def receive(self, layer: int) -> tuple[Any, ...]:
         return arrays_of(self._returned.pop(layer), self._exchange.table, self._exchange.joined)
 
     def _sent(self, arrays: Arrays, *, kv_alone: bool = False) -> Iterator[tuple[_Target, Arrays]]:

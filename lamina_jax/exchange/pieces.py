@@ -39,9 +39,9 @@ def messages_of(arrays: Arrays, table: HeadTable, segment: int = 0) -> Sequence[
     return [arrays[j % count].addressable_data(j // count) for j in range(len(table.pieces))]
 
 
-def arrays_of(messages: Sequence[Any], table: HeadTable, sharding: Sharding) -> Arrays:
-    """The inverse, for flat messages [size], each on its shard's device: of every c messages c / t arrays
-    [t size]."""
+def arrays_of(messages: Sequence[Any], table: HeadTable, sharding: Sharding) -> tuple[Any, ...]:
+    """The inverse, for flat messages [size], each on its shard's device (on the host, where t = 1 and that
+    is the same memory): of every c messages c / t arrays [t size]."""
     if table.shards == 1:
         return tuple(messages)
     shape, pieces, count = (table.shards * messages[0].size,), len(table.pieces), table.per_shard

@@ -47,6 +47,7 @@ class Worker:
         address: of its process.
         channel: to it.
         due_bytes: of the answers that have not come.
+        wire: counts its answers.
         lost: why it is lost, if it is.
         clock_offset_ns: about how much its clock is ahead of ours.
         stamps: where its times are noted; None: nowhere.
@@ -56,7 +57,7 @@ class Worker:
 
     def __init__(self, address: str, channel: Channel, clock_offset_ns: int = 0) -> None:
         self.address, self.channel, self.clock_offset_ns = address, channel, clock_offset_ns
-        self.due_bytes = 0
+        self.due_bytes, self.wire = 0, WireCount()
         self.lost: str | None = None
         self._kept: dict[Header, np.ndarray] = {}
 
@@ -100,6 +101,7 @@ class Worker:
             if self.stamps is not None:
                 self.stamps.answered(header)
             self.due_bytes -= header.length
+            self.wire.count(header.length)
             self._kept[header._replace(received_ns=0, done_ns=0)] = payload
             if len(self._kept) > MOST_KEPT:
                 self.lose(f"it sends answers that nobody asked for, such as {header}")
@@ -154,6 +156,8 @@ class RemoteExchange:
     def attach(self, workers: Sequence[Worker]) -> None:
         """Exchange with these from now on; those of one part of the cache follow each other."""
         self.workers, self._sender = tuple(workers), Sender()
+        for worker in workers:
+            worker.wire = self.wire
         if self.timings is not None:
             self.timings.restart([worker.clock_offset_ns for worker in workers], self._sender.cpu_ns)
             for worker, stamps in zip(workers, self.timings.workers, strict=True):
@@ -248,7 +252,6 @@ class RemoteStep:
             length = len(target.pieces) * target.answer_bytes
             wanted = self._header._replace(kind=Kind.ANSWER, layer=layer, length=length)
             answer = target.worker.answer(wanted).view(exchange.message_dtype)
-            exchange.wire.count(length)
             messages = answer.reshape(len(target.pieces), -1)
             found += [exchange.place(*pair) for pair in zip(messages, target.pieces, strict=True)]
         if exchange.in_place:

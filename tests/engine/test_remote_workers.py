@@ -54,7 +54,7 @@ def expected(checkpoints: dict[str, str]) -> dict[str, list[list[int]]]:
 
 @pytest.fixture
 def workers() -> Iterator[Callable[..., str]]:
-    """Starts workers of this process, all on the same devices: a program is compiled once. Their addresses."""
+    """Starts workers of this process, all on the same devices, so that a program is compiled once."""
     with ExitStack() as stack:
 
         def start(count: int, devices: int = 1) -> str:
@@ -118,7 +118,7 @@ def test_every_way_gives_the_collocated_tokens(
         return dispatch(self, plan)
 
     monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
-    llm = LLM(
+    with LLM(
         checkpoints[model],
         attention=workers(count),
         exchange=exchange,
@@ -126,21 +126,16 @@ def test_every_way_gives_the_collocated_tokens(
         microbatches=microbatches,
         overlap=overlap,
         **SETTINGS,
-    )
-    assert tokens_of(llm) == expected[model]
+    ) as llm:
+        assert tokens_of(llm) == expected[model]
 
-    stats = llm.stats()
-    assert stats["compilations_after_ready"] == 0
-    assert stats["pages_free"] == stats["pages_total"]
-    sent = wire(plans, MODELS[model], llm, count, together=overlap == "off")
-    assert (
-        stats["wire_bytes_per_step"] * stats["steps"],
-        stats["wire_messages_per_step"] * stats["steps"],
-    ) == (
-        pytest.approx(sent[0]),
-        pytest.approx(sent[1]),
-    )
-    check_sockets(llm)
+        stats = llm.stats()
+        assert stats["compilations_after_ready"] == 0
+        assert stats["pages_free"] == stats["pages_total"]
+        sent = wire(plans, MODELS[model], llm, count, together=overlap == "off")
+        found = [stats[f"wire_{what}_per_step"] * stats["steps"] for what in ("bytes", "messages")]
+        assert found == pytest.approx(sent)
+        check_sockets(llm)
 
 
 def wire(
@@ -193,8 +188,9 @@ def test_workers_with_two_devices_each(
     partition: Any,
 ) -> None:
     name, count = ("windows", 2) if partition == "tokens" else ("full", 3)
-    llm = LLM(checkpoints[name], attention=workers(count, 2), partition=partition, overlap="on", **SETTINGS)
-    assert tokens_of(llm) == expected[name]
+    attention = workers(count, 2)
+    with LLM(checkpoints[name], attention=attention, partition=partition, overlap="on", **SETTINGS) as llm:
+        assert tokens_of(llm) == expected[name]
 
 
 def test_workers_that_cannot_share_the_heads_are_refused(
