@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.ops import Part, local_part, merge
-from lamina_jax.pool.message import unpack_part
+from lamina_jax.pool.message import to_wire, unpack_part
 from lamina_jax.pool.metadata import Leaf
 from lamina_jax.slicing import Attention, Port, Sliced, Stage
 
@@ -231,7 +231,7 @@ def _cut(arrays: Arrays, shape: Shape) -> Arrays:
         for x in arrays
     ]
     pieces = [jnp.concatenate(piece, axis=2) for piece in zip(*cut, strict=True)]
-    return tuple(piece.astype(shape.wire_dtype) for piece in pieces)
+    return tuple(to_wire(piece, shape.wire_dtype) for piece in pieces)
 
 
 def _joined(

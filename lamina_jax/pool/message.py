@@ -37,5 +37,16 @@ def message_shape(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> jax.Sha
 
 
 def message_dtype(wire_dtype: str) -> np.dtype:
-    """Of the message for o of `wire_dtype`."""
+    """Of what crosses where q, k, v and o are of `wire_dtype`."""
     return np.dtype(np.float32 if wire_dtype == "float32" else np.uint16)
+
+
+def to_wire(x: Shaped[Array, "..."], wire_dtype: str) -> Shaped[Array, "..."]:
+    """x in the wire dtype; 16-bit values as their bits, which the host reads four times quicker."""
+    x = x.astype(wire_dtype)
+    return x if wire_dtype == "float32" else jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def from_wire(x: Shaped[Array, "..."], wire_dtype: str) -> Shaped[Array, "..."]:
+    """The inverse."""
+    return x if wire_dtype == "float32" else jax.lax.bitcast_convert_type(x, jnp.dtype(wire_dtype))

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.compilation import Compilation, Job
 from lamina_jax.pool.geometry import CacheGeometry
-from lamina_jax.pool.message import pack_part
+from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
 from pallas_kernels import append_kv, paged_attention
 
@@ -118,7 +118,7 @@ class AttentionShard:
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies
         kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
-        append = partial(_append, dtype=self.geometry.dtype)
+        append = partial(_append, dtype=self.geometry.dtype, wire_dtype=self.geometry.wire_dtype)
         return Compilation(append, (self._pages_struct(), meta.slots, kv), donate=(0,))
 
     def _attend_program(
@@ -127,7 +127,12 @@ class AttentionShard:
         g = self.geometry
         platform = kernel_platform(g, self.device.platform)
         attend = partial(
-            _cached_part, compute=self._compute_cached_part, kind=kind, dtype=g.dtype, platform=platform
+            _cached_part,
+            compute=self._compute_cached_part,
+            kind=kind,
+            dtype=g.dtype,
+            wire_dtype=g.wire_dtype,
+            platform=platform,
         )
         num_heads = g.num_heads // self._pieces
         kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if name == "both" else 0
@@ -136,14 +141,14 @@ class AttentionShard:
         inputs = (self._pages_struct(), window, meta, messages)
         if name == "attend":
             return Compilation(attend, inputs)
-        append = partial(_append, dtype=g.dtype)
+        append = partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype)
         both = partial(
             _append_and_attend, num_heads=num_heads, copies=self._copies, append=append, cached_part=attend
         )
         return Compilation(both, inputs, donate=(0,))
 
     def _messages(self, count: int, bucket: Bucket, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape, dtype = (*bucket, heads, self.geometry.head_dim), jnp.dtype(self.geometry.wire_dtype)
+        shape, dtype = (*bucket, heads, self.geometry.head_dim), message_dtype(self.geometry.wire_dtype)
         return (jax.ShapeDtypeStruct(shape, dtype, sharding=self._place),) * count
 
     def _pages_struct(self) -> jax.ShapeDtypeStruct:
@@ -184,8 +189,8 @@ def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
     return [zeros() for _ in range(g.num_layers)]
 
 
-def _append(pages: jax.Array, slots: jax.Array, kv: Arrays, *, dtype: str) -> jax.Array:
-    halves = [jnp.split(piece, 2, axis=2) for piece in kv]
+def _append(pages: jax.Array, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> jax.Array:
+    halves = [jnp.split(from_wire(piece, wire_dtype), 2, axis=2) for piece in kv]
     k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
     k, v = (x.reshape(-1, *x.shape[2:]).astype(dtype) for x in (k, v))
     return append_kv(pages, k, v, slots.reshape(-1))
@@ -200,10 +205,11 @@ def _cached_part(
     compute: CachedPart,
     kind: AttentionKind,
     dtype: str,
+    wire_dtype: str,
     platform: str | None,
 ) -> Arrays:
     o, lse = compute(
-        jnp.concatenate(q, axis=2),
+        jnp.concatenate([from_wire(piece, wire_dtype) for piece in q], axis=2),
         pages,
         meta.block_tables,
         meta.context_lens,
@@ -215,7 +221,7 @@ def _cached_part(
         dtype=dtype,
         platform=platform,
     )
-    parts = zip(jnp.split(o.astype(q[0].dtype), len(q), axis=2), jnp.split(lse, len(q), axis=2), strict=True)
+    parts = zip(jnp.split(o.astype(wire_dtype), len(q), axis=2), jnp.split(lse, len(q), axis=2), strict=True)
     return tuple(pack_part(*part) for part in parts)
 
 

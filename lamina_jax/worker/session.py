@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lamina_jax.compilation import Job
 from lamina_jax.config import ConfigError
 from lamina_jax.exchange.channel import Frame
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
+from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.metadata import StepMetadata
 from lamina_jax.pool.shard import AttentionKind, AttentionShard, Bucket, Messages
 from lamina_jax.pool.spec import WorkerSpec
@@ -50,7 +50,7 @@ class Session:
             raise ConfigError(f"{spec.devices} devices are asked for, this worker has {len(devices)}")
         if spec.devices < 1 or g.num_kv_heads % spec.devices:
             raise ConfigError(f"{spec.devices} devices cannot share {g.num_kv_heads} KV heads")
-        self._spec, self._wire = spec, jnp.dtype(g.wire_dtype)
+        self._spec, self._wire = spec, message_dtype(g.wire_dtype)
         kinds = [AttentionKind(*kind) for kind in zip(spec.scales, spec.softcaps, strict=True)]
         self._shards = [
             AttentionShard(

@@ -49,6 +49,9 @@ class LosableRunner:
     def check(self) -> None:
         self._look("check")
 
+    def close(self) -> None:
+        self._look("close")
+
     def recover(self) -> bool:
         assert self.lost, "there is nothing to recover from"
         self.tries += 1
