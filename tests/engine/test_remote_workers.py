@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,33 @@ def test_workers_that_cannot_share_the_heads_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"4 attention workers.*6 KV heads.*1, 2, 3, 6 would"):
         LLM(checkpoints["full"], attention=workers(4), **SETTINGS)
+
+
+def test_bfloat16_is_what_one_process_computes(tmp_path: Path, workers: Callable[..., str]) -> None:
+    """The same programs on the same buckets: not a bit differs."""
+    folder = str(save_random(tmp_path, dataclasses.replace(WINDOWED, dtype="bfloat16")))
+    settings = SETTINGS | {"overlap": "on"}
+    local = logprobs_of(LLM(folder, memory_devices="cpu:1-2", **settings))
+    with LLM(folder, attention=workers(2), **settings) as llm:
+        np.testing.assert_array_equal(logprobs_of(llm), local)
+
+
+def test_a_narrower_wire(checkpoints: dict[str, str], workers: Callable[..., str]) -> None:
+    """Half the bytes, lse apart; log-probabilities within the rounding of q, k, v and o to 8 bits."""
+    exact = logprobs_of(LLM(checkpoints["windows"], placement="collocated", **SETTINGS))
+    with LLM(checkpoints["windows"], attention=workers(1), wire_dtype="bfloat16", **SETTINGS) as llm:
+        found = logprobs_of(llm)
+        channel = llm.engine.runner.exchange.workers[0].channel  # type: ignore[attr-defined]
+        assert channel.bytes_sent > 0
+    assert not np.array_equal(found, exact)
+    np.testing.assert_allclose(found, exact, atol=0.3)
+    assert np.median(np.abs(found - exact)) < 0.05
+
+
+def logprobs_of(llm: LLM) -> np.ndarray:
+    """Of the tokens of a prompt of several pages and chunks."""
+    prompt = np.random.default_rng(3).integers(0, TINY.vocab_size, size=70).tolist()
+    output = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0))[0]
+    assert output.prompt_logprobs is not None
+    following = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+    return np.array([entry[token].logprob for token, entry in following if entry is not None])
