@@ -64,6 +64,7 @@ class EngineConfig:
         compute_devices, memory_devices: "cpu:0", "cpu:1-2", "gpu:0,1", ...; None chooses.
         attention: addresses of attention workers, "host:port,host:port": the memory mesh is theirs. None
             keeps it in this process.
+        worker_wait_seconds: how long the engine waits at its start for workers that are not up yet.
         partition: how workers share the KV cache: by KV head, by request, or the tokens of each request.
         exchange: between the engine and its workers: "local" within a process, "socket" (blocking TCP, or
             a Unix socket on one host) or "grpc" (through any proxy); "auto" chooses and says why.
@@ -90,6 +91,7 @@ class EngineConfig:
     compute_devices: str | None = None
     memory_devices: str | None = None
     attention: str | None = None
+    worker_wait_seconds: float = 60.0
     partition: Literal["heads", "requests", "tokens"] = "heads"
     exchange: Literal["auto", "local", "socket", "grpc"] = "auto"
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -138,6 +140,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if not self.prefill_stall_ms > 0:
             raise ConfigError(f"prefill_stall_ms must be a positive number, got {self.prefill_stall_ms!r}")
+        if not 0 <= self.worker_wait_seconds < float("inf"):
+            raise ConfigError(
+                f"worker_wait_seconds must be a number of at least 0, got {self.worker_wait_seconds!r}"
+            )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
 
@@ -221,6 +227,11 @@ def host_and_port(name: str, address: str) -> tuple[str, int]:
             f"{name}={address!r}: expected 'host:port', such as '127.0.0.1:7101' or '[::1]:7101'"
         )
     return bare, int(port)
+
+
+def address_of(host: str, port: int) -> str:
+    """The inverse of `host_and_port`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

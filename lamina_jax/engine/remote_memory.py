@@ -47,7 +47,8 @@ class RemoteMemory:
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
-        self._config, self._clients = config, connect(addresses, config.security, report=report)
+        self._config = config
+        self._clients = connect(addresses, config.security, config.worker_wait_seconds, report)
         found = [client.describe() for client in self._clients]
         counts = {description.devices for description in found}
         if len(counts) > 1:

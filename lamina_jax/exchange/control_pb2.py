@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lamina_jax/exchange/control.proto\x12\nlamina_jax\"\x11\n\x0f\x44\x65scribeRequest\"\xe2\x01\n\x0b\x44\x65scription\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bjax_version\x18\x02 \x01(\t\x12\x16\n\x0e\x66rames_version\x18\x03 \x01(\r\x12\x10\n\x08platform\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x11\n\tdata_port\x18\x08 \x01(\r\x12\x11\n\tunix_path\x18\t \x01(\t\x12\x0f\n\x07held_by\x18\n \x01(\t\x12\x10\n\x08\x63lock_ns\x18\x0b \x01(\x03\"D\n\x0cLeaseRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.lamina_jax.WorkerSpec\"c\n\nLeaseEvent\x12(\n\x08progress\x18\x01 \x01(\x0b\x32\x14.lamina_jax.ProgressH\x00\x12\"\n\x05ready\x18\x02 \x01(\x0b\x32\x11.lamina_jax.ReadyH\x00\x42\x07\n\x05\x65vent\"\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"*\n\x05Ready\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xeb\x01\n\nWorkerSpec\x12&\n\x08geometry\x18\x01 \x01(\x0b\x32\x14.lamina_jax.Geometry\x12\x0f\n\x07\x64\x65vices\x18\x02 \x01(\r\x12!\n\x06layers\x18\x03 \x03(\x0b\x32\x11.lamina_jax.Layer\x12#\n\x07\x62uckets\x18\x04 \x03(\x0b\x32\x12.lamina_jax.Bucket\x12\x19\n\x11pages_per_request\x18\x05 \x01(\r\x12\x0f\n\x07overlap\x18\x06 \x01(\x08\x12\x0e\n\x06pieces\x18\x07 \x01(\r\x12\x0e\n\x06\x63opies\x18\x08 \x01(\r\x12\x10\n\x08\x62y_token\x18\t \x01(\x08\"\xa2\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x11\n\tnum_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\"H\n\x05Layer\x12\x0e\n\x06window\x18\x01 \x01(\x05\x12\r\n\x05scale\x18\x02 \x01(\x01\x12\x14\n\x07softcap\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_softcap\"7\n\x06\x42ucket\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07queries\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x32\x85\x01\n\x04Pool\x12@\n\x08\x44\x65scribe\x12\x1b.lamina_jax.DescribeRequest\x1a\x17.lamina_jax.Description\x12;\n\x05Lease\x12\x18.lamina_jax.LeaseRequest\x1a\x16.lamina_jax.LeaseEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lamina_jax/exchange/control.proto\x12\nlamina_jax\"\x11\n\x0f\x44\x65scribeRequest\"\xf2\x01\n\x0b\x44\x65scription\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bjax_version\x18\x02 \x01(\t\x12\x16\n\x0e\x66rames_version\x18\x03 \x01(\r\x12\x10\n\x08platform\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x11\n\tdata_port\x18\x08 \x01(\r\x12\x11\n\tunix_path\x18\t \x01(\t\x12\x0f\n\x07held_by\x18\n \x01(\t\x12\x10\n\x08\x63lock_ns\x18\x0b \x01(\x03\x12\x0e\n\x06listen\x18\x0c \x01(\t\"D\n\x0cLeaseRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.lamina_jax.WorkerSpec\"c\n\nLeaseEvent\x12(\n\x08progress\x18\x01 \x01(\x0b\x32\x14.lamina_jax.ProgressH\x00\x12\"\n\x05ready\x18\x02 \x01(\x0b\x32\x11.lamina_jax.ReadyH\x00\x42\x07\n\x05\x65vent\"\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"*\n\x05Ready\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xeb\x01\n\nWorkerSpec\x12&\n\x08geometry\x18\x01 \x01(\x0b\x32\x14.lamina_jax.Geometry\x12\x0f\n\x07\x64\x65vices\x18\x02 \x01(\r\x12!\n\x06layers\x18\x03 \x03(\x0b\x32\x11.lamina_jax.Layer\x12#\n\x07\x62uckets\x18\x04 \x03(\x0b\x32\x12.lamina_jax.Bucket\x12\x19\n\x11pages_per_request\x18\x05 \x01(\r\x12\x0f\n\x07overlap\x18\x06 \x01(\x08\x12\x0e\n\x06pieces\x18\x07 \x01(\r\x12\x0e\n\x06\x63opies\x18\x08 \x01(\r\x12\x10\n\x08\x62y_token\x18\t \x01(\x08\"\xa2\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x11\n\tnum_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\"H\n\x05Layer\x12\x0e\n\x06window\x18\x01 \x01(\x05\x12\r\n\x05scale\x18\x02 \x01(\x01\x12\x14\n\x07softcap\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_softcap\"7\n\x06\x42ucket\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07queries\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x32\x85\x01\n\x04Pool\x12@\n\x08\x44\x65scribe\x12\x1b.lamina_jax.DescribeRequest\x1a\x17.lamina_jax.Description\x12;\n\x05Lease\x12\x18.lamina_jax.LeaseRequest\x1a\x16.lamina_jax.LeaseEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=49
   _globals['_DESCRIBEREQUEST']._serialized_end=66
   _globals['_DESCRIPTION']._serialized_start=69
-  _globals['_DESCRIPTION']._serialized_end=295
-  _globals['_LEASEREQUEST']._serialized_start=297
-  _globals['_LEASEREQUEST']._serialized_end=365
-  _globals['_LEASEEVENT']._serialized_start=367
-  _globals['_LEASEEVENT']._serialized_end=466
-  _globals['_PROGRESS']._serialized_start=468
-  _globals['_PROGRESS']._serialized_end=507
-  _globals['_READY']._serialized_start=509
-  _globals['_READY']._serialized_end=551
-  _globals['_WORKERSPEC']._serialized_start=554
-  _globals['_WORKERSPEC']._serialized_end=789
-  _globals['_GEOMETRY']._serialized_start=792
-  _globals['_GEOMETRY']._serialized_end=954
-  _globals['_LAYER']._serialized_start=956
-  _globals['_LAYER']._serialized_end=1028
-  _globals['_BUCKET']._serialized_start=1030
-  _globals['_BUCKET']._serialized_end=1085
-  _globals['_POOL']._serialized_start=1088
-  _globals['_POOL']._serialized_end=1221
+  _globals['_DESCRIPTION']._serialized_end=311
+  _globals['_LEASEREQUEST']._serialized_start=313
+  _globals['_LEASEREQUEST']._serialized_end=381
+  _globals['_LEASEEVENT']._serialized_start=383
+  _globals['_LEASEEVENT']._serialized_end=482
+  _globals['_PROGRESS']._serialized_start=484
+  _globals['_PROGRESS']._serialized_end=523
+  _globals['_READY']._serialized_start=525
+  _globals['_READY']._serialized_end=567
+  _globals['_WORKERSPEC']._serialized_start=570
+  _globals['_WORKERSPEC']._serialized_end=805
+  _globals['_GEOMETRY']._serialized_start=808
+  _globals['_GEOMETRY']._serialized_end=970
+  _globals['_LAYER']._serialized_start=972
+  _globals['_LAYER']._serialized_end=1044
+  _globals['_BUCKET']._serialized_start=1046
+  _globals['_BUCKET']._serialized_end=1101
+  _globals['_POOL']._serialized_start=1104
+  _globals['_POOL']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("version", "jax_version", "frames_version", "platform", "device_kind", "devices", "memory_bytes", "data_port", "unix_path", "held_by", "clock_ns")
+    __slots__ = ("version", "jax_version", "frames_version", "platform", "device_kind", "devices", "memory_bytes", "data_port", "unix_path", "held_by", "clock_ns", "listen")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JAX_VERSION_FIELD_NUMBER: _ClassVar[int]
     FRAMES_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class Description(_message.Message):
     UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
     HELD_BY_FIELD_NUMBER: _ClassVar[int]
     CLOCK_NS_FIELD_NUMBER: _ClassVar[int]
+    LISTEN_FIELD_NUMBER: _ClassVar[int]
     version: str
     jax_version: str
     frames_version: int
@@ -34,7 +35,8 @@ class Description(_message.Message):
     unix_path: str
     held_by: str
     clock_ns: int
-    def __init__(self, version: _Optional[str] = ..., jax_version: _Optional[str] = ..., frames_version: _Optional[int] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., data_port: _Optional[int] = ..., unix_path: _Optional[str] = ..., held_by: _Optional[str] = ..., clock_ns: _Optional[int] = ...) -> None: ...
+    listen: str
+    def __init__(self, version: _Optional[str] = ..., jax_version: _Optional[str] = ..., frames_version: _Optional[int] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., data_port: _Optional[int] = ..., unix_path: _Optional[str] = ..., held_by: _Optional[str] = ..., clock_ns: _Optional[int] = ..., listen: _Optional[str] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("engine", "spec")

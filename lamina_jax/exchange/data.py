@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from lamina_jax.config import is_loopback
+from lamina_jax.config import address_of
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.control import KEEPALIVE, Lease, WorkerClient, WorkerError
 from lamina_jax.exchange.frames import Header, Kind
@@ -27,8 +27,9 @@ MOST_BYTES = 1 << 29
 
 
 def open_channel(client: WorkerClient, lease: Lease, kind: str) -> Channel:
-    """The data channel of a lease: "socket", "grpc", or "auto": a Unix socket on one host, else TCP, else
-    gRPC, which passes where only the worker's one address can be reached.
+    """The data channel of a lease: "socket", "grpc", or "auto": a Unix socket where there is one and the
+    engine uses the very address that the worker listens on, else TCP, else gRPC, which passes where only the
+    worker's one address can be reached.
 
     Raises:
         WorkerError: it cannot be opened.
@@ -45,11 +46,11 @@ def open_channel(client: WorkerClient, lease: Lease, kind: str) -> Channel:
 
 def _socket(client: WorkerClient, lease: Lease) -> Channel:
     described = client.describe()
-    if is_loopback(client.host) and os.path.exists(described.unix_path):
+    # Under another address it may be behind a proxy, or another host's.
+    if client.address == described.listen and os.path.exists(described.unix_path):
         channel = connect(f"unix:{described.unix_path}", FRAME_SECONDS, idle_seconds=ANSWER_SECONDS)
     else:
-        host = f"[{client.host}]" if ":" in client.host else client.host
-        address = f"{host}:{described.data_port}"
+        address = address_of(client.host, described.data_port)
         channel = connect(address, FRAME_SECONDS, client.ssl_context, idle_seconds=ANSWER_SECONDS)
     hello = np.frombuffer(lease.session_id, np.uint8)
     channel.send(Header(Kind.HELLO, len(hello)), [hello])

@@ -12,7 +12,7 @@ import grpc
 import jax
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from lamina_jax.config import AttendConfig, SecurityConfig, host_and_port
+from lamina_jax.config import AttendConfig, SecurityConfig, address_of, host_and_port
 from lamina_jax.devices import choose_worker_devices
 from lamina_jax.exchange.control import KEEPALIVE, SERVICE
 from lamina_jax.exchange.grpc import stream_options
@@ -54,7 +54,7 @@ class WorkerServer:
     def __init__(self, config: AttendConfig, security: SecurityConfig, make_session: MakeSession) -> None:
         host, port = host_and_port("listen", config.listen)
         check_address(host, security, "listen")
-        self._config, self._make_session = config, make_session
+        self._config, self._make_session, self._host = config, make_session, host
         self._credentials: grpc.ServerCredentials | None
         ssl_context, self._credentials = server_tls(security) or (None, None)
         self.leases = Leases(self._session)
@@ -93,6 +93,7 @@ class WorkerServer:
             memory_bytes=int(available_memory(self._devices) * fraction),
             data_port=self._data.port,
             unix_path=self._data.unix_path,
+            listen=address_of(self._host, self.port),
         )
         self._grpc.add_generic_rpc_handlers([PoolService(facts, self.leases).handlers()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -120,7 +121,7 @@ class WorkerServer:
             # gRPC writes its own lines about a port that it cannot have, and does not say why in its error.
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             socket.create_server((host, port), family=family).close()
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            address = address_of(host, port)
             try:
                 if self._credentials is None:
                     return self._grpc.add_insecure_port(address)

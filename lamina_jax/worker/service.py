@@ -34,6 +34,7 @@ class Facts:
     memory_bytes: int
     data_port: int
     unix_path: str
+    listen: str
 
 
 class PoolService:
