@@ -205,7 +205,9 @@ class Loop:
             for pair in [] if self._stalled else list(self._connections):
                 self._pass_on(pair, readable, writable)
 
-    def _pass_on(self, pair: tuple[Flow, Flow], readable: Sequence[object], writable: Iterable[object]) -> None:
+    def _pass_on(
+        self, pair: tuple[Flow, Flow], readable: Sequence[object], writable: Iterable[object]
+    ) -> None:
         try:
             for flow in pair:
                 if flow.reads and flow.source in readable:

@@ -1,0 +1,221 @@
+"""The serve and attend commands as processes over a tiny checkpoint, for tests of what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from worker_talk import until
+
+from lamina_jax import LLM, SamplingParams
+from lamina_jax.config import SecurityConfig
+from lamina_jax.exchange.control import WorkerClient
+
+START_SECONDS = 100.0
+NOTICED_SECONDS = 3.0
+"""What is promised."""
+MARGIN_SECONDS = 2.0
+"""What a busy machine gets on top."""
+
+SETTINGS: dict[str, Any] = {
+    "page_size": 8,
+    "max_num_seqs": 2,
+    "max_model_len": 160,
+    "max_prefill_tokens": 20,
+    "num_pages": 48,
+    "microbatches": 1,
+    "overlap": "on",
+    "compute_devices": "cpu:0",
+    "prefill_stall_ms": float("inf"),
+}
+"""Few programs to compile."""
+
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79]
+LONG = 140
+"""Tokens that take a while."""
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [taken.getsockname()[1] for taken in sockets]
+
+
+class Process:
+    """A command of ours, its lines on stderr kept.
+
+    Args:
+        before: what the command line begins with, such as "ip netns exec NAME".
+    """
+
+    def __init__(self, module: str, *arguments: str, before: Sequence[str] = ()) -> None:
+        command = [*before, sys.executable, "-m", module, *arguments]
+        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        with self.popen.stderr as stream:
+            self.lines.extend(stream)
+
+    @property
+    def said(self) -> str:
+        return "".join(self.lines)
+
+    def find(self, pattern: str) -> re.Match[str]:
+        """Wait for a line that matches."""
+        assert until(lambda: re.search(pattern, self.said) or self.popen.poll() is not None, START_SECONDS)
+        found = re.search(pattern, self.said)
+        assert found, self.said
+        return found
+
+    def send(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def exit_code(self, seconds: float = 20.0) -> int:
+        code = self.popen.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.wait(10)
+        self._reader.join(10)
+
+    def sizes(self) -> dict[str, int]:
+        """What must not grow: KB of memory, descriptors, threads."""
+        folder = Path(f"/proc/{self.popen.pid}")
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        return {
+            "rss_kb": int(status["VmRSS"].split()[0]),
+            "descriptors": len(list((folder / "fd").iterdir())),
+            "threads": int(status["Threads"]),
+        }
+
+
+class WorkerProcess(Process):
+    """An attention worker with one device, on `host`; port 0 takes any."""
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *more: str, before: Sequence[str] = ()
+    ) -> None:
+        listen = f"{host}:{port}"
+        super().__init__("lamina_jax.attend", "--listen", listen, "--devices", "cpu:0", *more, before=before)
+        self.host, self.port = host, port
+
+    def wait_listening(self) -> WorkerProcess:
+        found = self.find(r"listening on .* \(port (\d+), data port (\d+)")
+        self.port, self.data_port = int(found[1]), int(found[2])
+        return self
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def held_by(self) -> str:
+        """The engine that has it."""
+        client = WorkerClient(self.address, SecurityConfig())
+        try:
+            return client.describe().held_by
+        finally:
+            client.close()
+
+    def is_free_within(self, seconds: float) -> float:
+        """How long it takes until no engine has it."""
+        began = time.monotonic()
+        client = WorkerClient(self.address, SecurityConfig())
+        try:
+            assert until(lambda: client.describe().held_by == "", seconds), client.describe().held_by
+        finally:
+            client.close()
+        return time.monotonic() - began
+
+
+class ServeProcess(Process):
+    """The server over workers."""
+
+    def __init__(
+        self, checkpoint: str, attention: Sequence[str], *more: str, before: Sequence[str] = ()
+    ) -> None:
+        super().__init__(
+            "lamina_jax.serve",
+            checkpoint,
+            *flags(SETTINGS),
+            *("--port", "0", "--attention", ",".join(attention), *more),
+            before=before,
+        )
+        self.model = checkpoint
+
+    def wait_listening(self) -> ServeProcess:
+        url = self.find(r"listening on (http://\S+:\d+)")[1]
+        self.http = httpx.Client(base_url=url, timeout=60)
+        return self
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> float:
+        """Seconds until it is."""
+        began = time.monotonic()
+        if not hasattr(self, "http"):
+            self.wait_listening()
+        ready = until(lambda: self.popen.poll() is not None or self.ready().status_code == 200, seconds)
+        assert ready and self.popen.poll() is None, self.said
+        return time.monotonic() - began
+
+    def ready(self) -> httpx.Response:
+        return self.http.get("/ready")
+
+    def body(self, max_tokens: int, prompt: Sequence[int] = PROMPT, **more: Any) -> dict[str, Any]:
+        body = {"model": self.model, "prompt": list(prompt), "temperature": 0, "max_tokens": max_tokens}
+        return body | {"return_token_ids": True, "ignore_eos": True} | more
+
+    def complete(self, max_tokens: int = 16, **more: Any) -> list[int]:
+        """Tokens."""
+        answer = self.http.post("/v1/completions", json=self.body(max_tokens, **more))
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["token_ids"]
+
+    @contextmanager
+    def stream(self, max_tokens: int = LONG) -> Iterator[Iterator[dict[str, Any]]]:
+        """The events of one request."""
+        body = self.body(max_tokens, stream=True)
+        with self.http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+            yield (json.loads(line) for line in lines if line != "[DONE]")
+
+    def stats(self) -> dict[str, Any]:
+        return self.http.get("/stats").json()
+
+    def pages_are_back(self) -> bool:
+        stats = self.stats()
+        return stats["pages_free"] == stats["pages_total"]
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "http"):
+            self.http.close()
+
+
+def reference(checkpoint: str, max_tokens: int = LONG) -> list[int]:
+    """The collocated model's continuation of PROMPT."""
+    llm = LLM(checkpoint, placement="collocated", **SETTINGS)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return llm.generate([PROMPT], sampling)[0].outputs[0].token_ids
+
+
+Start = Callable[..., Any]
