@@ -77,7 +77,7 @@ def build_engine(
         disaggregated=disaggregated and config.attention is None,
         num_kv_heads=shape.num_kv_heads if config.partition == "heads" else None,
     )
-    memory = _memory_side(config, devices, cached_part, report) if disaggregated else None
+    memory = _memory_side(config, devices, cached_part, report, shape.num_kv_heads) if disaggregated else None
     limits = resolve_limits(
         config,
         shape.max_position,
@@ -154,7 +154,11 @@ def build_engine(
 
 
 def _memory_side(
-    config: EngineConfig, devices: Devices, cached_part: CachedPart | None, report: Report
+    config: EngineConfig,
+    devices: Devices,
+    cached_part: CachedPart | None,
+    report: Report,
+    num_kv_heads: int,
 ) -> MemorySide:
     if config.attention is None:
         return LocalMemory(devices, cached_part)
@@ -162,22 +166,14 @@ def _memory_side(
         raise ConfigError("cached_part runs in this process, and attention names workers elsewhere")
     from lamina_jax.engine.remote_memory import RemoteMemory
 
-    return RemoteMemory(config, devices, report)
+    return RemoteMemory(config, devices, report, num_kv_heads=num_kv_heads)
 
 
 def _table(shape: ModelConfig, config: EngineConfig, shards: int, memory: MemorySide) -> HeadTable:
     """Which heads the compute devices exchange with the devices of one part of the cache."""
     parts = 1 if config.partition == "heads" else memory.workers
-    holders, heads = memory.workers * memory.devices // parts, shape.num_kv_heads
-    if heads % holders:
-        who = f"{memory.workers} attention workers" if parts == 1 else "an attention worker"
-        with_devices = f" with {memory.devices} devices each" if memory.devices > 1 else ""
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and n % memory.devices == 0)
-        raise ConfigError(
-            f"{who}{with_devices} cannot share the model's {heads} KV heads evenly; {fitting or 'no number'} "
-            "would, counted in devices; or choose partition=requests or tokens"
-        )
-    return head_table(shape.num_heads, heads, shards, holders)
+    holders = memory.workers * memory.devices // parts
+    return head_table(shape.num_heads, shape.num_kv_heads, shards, holders)
 
 
 def _disaggregated(

@@ -42,7 +42,12 @@ class RemoteMemory:
     """
 
     def __init__(
-        self, config: EngineConfig, devices: Devices, report: Callable[[str, int, int], None]
+        self,
+        config: EngineConfig,
+        devices: Devices,
+        report: Callable[[str, int, int], None],
+        *,
+        num_kv_heads: int,
     ) -> None:
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
@@ -50,11 +55,9 @@ class RemoteMemory:
         self._config = config
         self._clients = connect(addresses, config.security, config.worker_wait_seconds, report)
         found = [client.describe() for client in self._clients]
-        counts = {description.devices for description in found}
-        if len(counts) > 1:
-            each = ", ".join(f"{a} has {d.devices}" for a, d in zip(addresses, found, strict=True))
-            raise ConfigError(f"attention workers must have equally many devices: {each}; use --devices")
-        self.workers, self.devices = len(addresses), counts.pop()
+        self.workers = len(addresses)
+        parts = 1 if config.partition == "heads" else self.workers
+        self.devices = _devices_each(min(d.devices for d in found), self.workers // parts, num_kv_heads)
         self.names: Sequence[str] = [
             f"{address} {description.platform}:{i}"
             for address, description in zip(addresses, found, strict=True)
@@ -160,6 +163,22 @@ class RemoteMemory:
         self._exchange.attach([taking.worker for taking in self._taking])
         for taking in self._taking:
             taking.lease.on_lost(taking.worker.lose)
+
+
+def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
+    """How many devices of each of `workers` workers share the heads: as many as can evenly.
+
+    Raises:
+        ConfigError: not even one of each can.
+    """
+    for count in range(most, 0, -1):
+        if num_kv_heads % (workers * count) == 0:
+            return count
+    fitting = ", ".join(str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0)
+    raise ConfigError(
+        f"{workers} attention workers cannot share the model's {num_kv_heads} KV heads evenly; {fitting} "
+        "would; or choose partition=requests or tokens"
+    )
 
 
 class _Taking(threading.Thread):
