@@ -48,9 +48,11 @@ def _socket(client: WorkerClient, lease: Lease) -> Channel:
     described = client.describe()
     # Under another address it may be behind a proxy, or another host's.
     if client.address == described.listen and os.path.exists(described.unix_path):
+        log.info("%s: Unix socket, since it runs on this host", client.address)
         channel = connect(f"unix:{described.unix_path}", FRAME_SECONDS, idle_seconds=ANSWER_SECONDS)
     else:
         address = address_of(client.host, described.data_port)
+        log.info("%s: TCP socket to %s, the quickest way to another address", client.address, address)
         channel = connect(address, FRAME_SECONDS, client.ssl_context, idle_seconds=ANSWER_SECONDS)
     hello = np.frombuffer(lease.session_id, np.uint8)
     channel.send(Header(Kind.HELLO, len(hello)), [hello])
@@ -58,6 +60,5 @@ def _socket(client: WorkerClient, lease: Lease) -> Channel:
 
 
 def _grpc(client: WorkerClient, lease: Lease) -> Channel:
-    return GrpcChannel(
-        client.open_channel([*KEEPALIVE, *stream_options(MOST_BYTES)]), lease.metadata, ANSWER_SECONDS
-    )
+    stream = client.open_channel([*KEEPALIVE, *stream_options(MOST_BYTES)])
+    return GrpcChannel(stream, lease.metadata, FRAME_SECONDS, idle_seconds=ANSWER_SECONDS)
