@@ -57,14 +57,9 @@ def free_ports(count: int) -> list[int]:
 
 
 class Process:
-    """A command of ours, its lines on stderr kept.
+    """A command, its lines on stderr kept."""
 
-    Args:
-        before: what the command line begins with, such as "ip netns exec NAME".
-    """
-
-    def __init__(self, module: str, *arguments: str, before: Sequence[str] = ()) -> None:
-        command = [*before, sys.executable, "-m", module, *arguments]
+    def __init__(self, *command: str) -> None:
         self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -113,11 +108,13 @@ class Process:
 class WorkerProcess(Process):
     """An attention worker with one device, on `host`; port 0 takes any."""
 
+    program: tuple[str, ...] = ("-m", "lamina_jax.attend")
+
     def __init__(
         self, host: str = "127.0.0.1", port: int = 0, *more: str, before: Sequence[str] = ()
     ) -> None:
-        listen = f"{host}:{port}"
-        super().__init__("lamina_jax.attend", "--listen", listen, "--devices", "cpu:0", *more, before=before)
+        listen = ("--listen", f"{host}:{port}")
+        super().__init__(*before, sys.executable, *self.program, *listen, "--devices", "cpu:0", *more)
         self.host, self.port = host, port
 
     def wait_listening(self) -> WorkerProcess:
@@ -149,18 +146,12 @@ class WorkerProcess(Process):
 
 
 class ServeProcess(Process):
-    """The server over workers."""
+    """The server over workers, on any port of 127.0.0.1."""
 
-    def __init__(
-        self, checkpoint: str, attention: Sequence[str], *more: str, before: Sequence[str] = ()
-    ) -> None:
-        super().__init__(
-            "lamina_jax.serve",
-            checkpoint,
-            *flags(SETTINGS),
-            *("--port", "0", "--attention", ",".join(attention), *more),
-            before=before,
-        )
+    def __init__(self, checkpoint: str, attention: Sequence[str], *more: str) -> None:
+        where = ("--port", "0", "--attention", ",".join(attention))
+        command = (sys.executable, "-m", "lamina_jax.serve", checkpoint, *flags(SETTINGS), *where, *more)
+        super().__init__(*command)
         self.model = checkpoint
 
     def wait_listening(self) -> ServeProcess:
@@ -174,7 +165,8 @@ class ServeProcess(Process):
         if not hasattr(self, "http"):
             self.wait_listening()
         ready = until(lambda: self.popen.poll() is not None or self.ready().status_code == 200, seconds)
-        assert ready and self.popen.poll() is None, self.said
+        assert self.popen.poll() is None, self.said
+        assert ready, self.said
         return time.monotonic() - began
 
     def ready(self) -> httpx.Response:
@@ -191,9 +183,9 @@ class ServeProcess(Process):
         return answer.json()["choices"][0]["token_ids"]
 
     @contextmanager
-    def stream(self, max_tokens: int = LONG) -> Iterator[Iterator[dict[str, Any]]]:
+    def stream(self, max_tokens: int = LONG, **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
         """The events of one request."""
-        body = self.body(max_tokens, stream=True)
+        body = self.body(max_tokens, stream=True, **more)
         with self.http.stream("POST", "/v1/completions", json=body) as answer:
             lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
             yield (json.loads(line) for line in lines if line != "[DONE]")

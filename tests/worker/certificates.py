@@ -1,4 +1,4 @@
-"""Certificates for 127.0.0.1 made by the openssl command, for tests of TLS."""
+"""Certificates for an address made by the openssl command, for tests of TLS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 
 
-def make_certificates(folder: Path) -> Path:
+def make_certificates(folder: Path, host: str = "127.0.0.1") -> Path:
     """NAME.pem and NAME.key in `folder`: of the authorities `ca` and `other`, and, by `ca`, of `worker` and
     `engine`; `token` and `wrong`, two secrets."""
     if shutil.which("openssl") is None:
@@ -22,7 +22,7 @@ def make_certificates(folder: Path) -> Path:
 
     for name in ("ca", "other"):
         openssl(f"req -x509 {KEY} -keyout {name}.key -out {name}.pem -subj /CN={name} -days 2")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    (folder / "names").write_text(f"subjectAltName=IP:{host}\n")
     for name in ("worker", "engine"):
         openssl(f"req {KEY} -keyout {name}.key -out {name}.csr -subj /CN={name}")
         by = "-CA ca.pem -CAkey ca.key -CAcreateserial"
