@@ -3,6 +3,7 @@ gets alone, from a collocated model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,32 @@ def alone(checkpoint: str, cases: list[tuple[list[int], SamplingParams]]) -> lis
     return [llm.generate([prompt], params)[0] for prompt, params in cases]
 
 
-@pytest.mark.parametrize(("microbatches", "overlap", "seed"), [(1, "off", 0), (2, "on", 1)])
+@pytest.mark.parametrize(
+    ("partition", "remote", "microbatches", "overlap"),
+    [
+        ("heads", 0, 1, "off"),
+        ("heads", 0, 2, "on"),
+        ("requests", 0, 2, "off"),
+        ("tokens", 0, 1, "on"),
+        ("requests", 3, 1, "on"),
+        pytest.param("heads", 2, 2, "on", marks=pytest.mark.slow),
+        pytest.param("tokens", 3, 2, "on", marks=pytest.mark.slow),
+    ],
+)
 def test_arrivals_at_random_change_nothing(
     checkpoint: str,
     cases: list[tuple[list[int], SamplingParams]],
     alone: list[RequestOutput],
+    workers: Callable[..., str],
+    partition: Any,
+    remote: int,
     microbatches: Any,
     overlap: Any,
-    seed: int,
 ) -> None:
-    llm = LLM(checkpoint, memory_devices="cpu:1-2", microbatches=microbatches, overlap=overlap, **SMALL)
+    """`remote`: how many attention workers; 0: two memory devices of this process."""
+    there = {"attention": workers(remote)} if remote else {"memory_devices": "cpu:1-2"}
+    llm = LLM(checkpoint, partition=partition, microbatches=microbatches, overlap=overlap, **there, **SMALL)
+    seed = remote + microbatches
     engine, rng = llm.engine, np.random.default_rng(seed)
     waiting = list(rng.permutation(len(cases)))
     outputs: dict[str, RequestOutput] = {}
@@ -79,6 +96,7 @@ def test_arrivals_at_random_change_nothing(
     stats = llm.stats()
     assert stats["compilations_after_ready"] == 0
     assert stats["pages_free"] == stats["pages_total"]
+    llm.close()
 
 
 def _close(mine: list[Any] | None, theirs: list[Any] | None) -> None:

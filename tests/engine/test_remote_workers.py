@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,12 @@ import pytest
 from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
-from lamina_jax.config import AttendConfig, SecurityConfig
 from lamina_jax.core import StepPlan
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.exchange.frames import HEADER_BYTES
 from lamina_jax.exchange.remote import RemoteExchange
 from lamina_jax.models import ModelConfig
 from lamina_jax.pool.partition import Partition
-from lamina_jax.worker.server import WorkerServer
-from lamina_jax.worker.session import Session
 
 WINDOWED = dataclasses.replace(TINY, family="qwen2", num_layers=3, num_kv_heads=2, windows=(24, None, 24))
 MODELS = {"full": dataclasses.replace(TINY, num_layers=2, num_heads=12, num_kv_heads=6), "windows": WINDOWED}
@@ -51,23 +47,6 @@ def expected(checkpoints: dict[str, str]) -> dict[str, list[list[int]]]:
         name: tokens_of(LLM(folder, placement="collocated", **SETTINGS))
         for name, folder in checkpoints.items()
     }
-
-
-@pytest.fixture
-def workers() -> Iterator[Callable[..., str]]:
-    """Starts workers of this process, all on the same devices, so that a program is compiled once."""
-    with ExitStack() as stack:
-
-        def start(count: int, devices: int = 1) -> str:
-            addresses = []
-            for _ in range(count):
-                config = AttendConfig(listen="127.0.0.1:0", devices=f"cpu:1-{devices}")
-                server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), Session)))
-                server.start()
-                addresses.append(f"127.0.0.1:{server.port}")
-            return ",".join(addresses)
-
-        yield start
 
 
 def tokens_of(llm: LLM) -> list[list[int]]:
@@ -229,3 +208,12 @@ def logprobs_of(llm: LLM) -> np.ndarray:
     assert output.prompt_logprobs is not None
     following = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
     return np.array([entry[token].logprob for token, entry in following if entry is not None])
+
+
+def test_a_request_longer_than_any_worker_holds(
+    checkpoints: dict[str, str], expected: dict[str, list[list[int]]], workers: Callable[..., str]
+) -> None:
+    """By token: 48 tokens on each of two workers, and a prompt of 80."""
+    with LLM(checkpoints["full"], attention=workers(2), partition="tokens", num_pages=6, **SETTINGS) as llm:
+        assert tokens_of(llm) == expected["full"]
+        assert llm.stats()["pages_total"] == 12

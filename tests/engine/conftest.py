@@ -1,0 +1,29 @@
+"""Attention workers for tests of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+
+from lamina_jax.config import AttendConfig, SecurityConfig
+from lamina_jax.worker.server import WorkerServer
+from lamina_jax.worker.session import Session
+
+
+@pytest.fixture
+def workers() -> Iterator[Callable[..., str]]:
+    """Starts workers of this process, all on the same devices, so that a program is compiled once."""
+    with ExitStack() as stack:
+
+        def start(count: int, devices: int = 1) -> str:
+            addresses = []
+            for _ in range(count):
+                config = AttendConfig(listen="127.0.0.1:0", devices=f"cpu:1-{devices}")
+                server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), Session)))
+                server.start()
+                addresses.append(f"127.0.0.1:{server.port}")
+            return ",".join(addresses)
+
+        yield start
