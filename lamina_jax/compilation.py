@@ -44,10 +44,10 @@ class Compilation:
 
 
 def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None:
-    """Compile in as many threads as there are cores; `report(done, total)` after each program."""
+    """Compile in as many threads as this process has cores; `report(done, total)` after each program."""
     waiting = list(jobs)
     report(0, len(waiting))
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(num_cores())
     try:
         futures = [pool.submit(compile_one) for _, compile_one in waiting]
         for done, future in enumerate(as_completed(futures), start=1):
@@ -56,6 +56,12 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None
     finally:
         # After an error, programs that are being compiled are not waited for: each can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def num_cores() -> int:
+    """Cores that this process may use: those it is pinned to, where it is."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class CompilationCounter:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 
+from lamina_jax.compilation import num_cores
 from lamina_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def choose_devices(
         ConfigError: a device that does not exist, or a number of memory devices that does not divide
             the KV heads.
     """
-    workers = _memory_devices_for(os.cpu_count() or 1, num_kv_heads) if disaggregated else 0
+    workers = _memory_devices_for(num_cores(), num_kv_heads) if disaggregated else 0
     highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
     # With no memory_devices named, they come behind those that compute.
     _make_cpu_devices(highest + 1 if memory else max(1, highest + 1) + workers)
@@ -73,7 +74,7 @@ def choose_worker_devices(choice: str | None) -> tuple[jax.Device, ...]:
     Raises:
         ConfigError: a device that does not exist.
     """
-    _make_cpu_devices(_highest_cpu("devices", choice) + 1 if choice else os.cpu_count() or 1)
+    _make_cpu_devices(_highest_cpu("devices", choice) + 1 if choice else num_cores())
     return _parse("devices", choice) if choice else tuple(jax.devices())
 
 

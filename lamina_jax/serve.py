@@ -18,6 +18,7 @@ from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.pin import pin
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.core import WorkerLost
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.server.listener import ListenError, listen
 
@@ -121,7 +122,7 @@ def build(config: EngineConfig, cluster: Cluster | None = None) -> Build:
             if cluster is not None:
                 check_heads(cluster, read_config(find_model(config.model)))
             return build_engine(config, report)
-        except (ConfigError, CheckpointError) as error:
+        except (ConfigError, CheckpointError, WorkerLost) as error:
             raise StartError(str(error)) from None
 
     return start

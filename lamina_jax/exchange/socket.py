@@ -224,7 +224,7 @@ def _peer_name(sock: socket.socket) -> str:
         name = sock.getpeername()
     except OSError:
         return "a peer that is gone"
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else f"unix:{name or '(a client)'}"
 
 
 def _behind(views: list[memoryview], sent: int) -> list[memoryview]:
