@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode, exchange, partition, prefill, sampler
+from lamina_jax.benchmarks import decode, exchange, overlap, partition, prefill, sampler
 
 BENCHMARKS = {
     "decode": decode,
     "exchange": exchange,
+    "overlap": overlap,
     "partition": partition,
     "prefill": prefill,
     "sampler": sampler,

@@ -7,10 +7,12 @@ the median over the rounds.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,30 @@ def models(folders: list[str] | None, scratch: Path) -> list[tuple[str, str]]:
     return [("bundled", "bundled"), (shape, str(random_checkpoint(QWEN3_0_6B, scratch)))]
 
 
-@dataclass
-class _Column:
-    """A worker process and its timings."""
+class Column:
+    """A worker process, told `settings`; on some cores only ("0-1"), where they are named.
 
-    name: str
-    process: subprocess.Popen[str]
-    steps: int = 4
-    timings: list[dict[str, float]] = field(default_factory=list)
+    Args:
+        cache: a folder for compiled programs, which columns share.
+    """
 
-    def ask(self, steps: int) -> dict[str, float]:
+    def __init__(
+        self, name: str, settings: dict[str, Any], cores: str | None = None, cache: Path | None = None
+    ) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "lamina_jax.benchmarks.worker", json.dumps(settings)]
+        self.process = subprocess.Popen(
+            pinned(command, cores),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=with_cache(cache),
+        )
+
+    def ask(self, steps: int, **changes: Any) -> dict[str, Any]:
+        """Run so many steps; what they took. `changes`: see `lamina_jax.benchmarks.worker`."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.write(json.dumps({"steps": steps, **changes}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.line())
 
@@ -56,6 +70,39 @@ class _Column:
         if not line:
             raise SystemExit(f"the column {self.name!r} ended with exit code {self.process.wait(timeout=60)}")
         return line
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def pinned(command: list[str], cores: str | None) -> list[str]:
+    """`command` on some cores only, so that XLA sees no others; ends with this process."""
+    if cores is None:
+        return command
+    pin = [sys.executable, "-m", "lamina_jax.cluster.pin", "--parent", str(os.getpid()), "--cores", cores]
+    return [*pin, "--", *command]
+
+
+def with_cache(folder: Path | None) -> dict[str, str]:
+    """The environment in which jax keeps what it has compiled in `folder`."""
+    if folder is None:
+        return dict(os.environ)
+    keep = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    settings = {f"JAX_PERSISTENT_CACHE_{name}": value for name, value in keep.items()}
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder), **settings}
+
+
+def time_in_turn(
+    columns: Sequence[Column], rounds: int, seconds: float, **changes: Any
+) -> list[list[dict[str, Any]]]:
+    """The timings of each column: `rounds` of them, of about `seconds` each."""
+    steps = [max(4, round(seconds / (column.ask(4, **changes)["seconds"] / 4))) for column in columns]
+    turns = [
+        [column.ask(count, **changes) for column, count in zip(columns, steps, strict=True)]
+        for _ in range(rounds)
+    ]
+    return [list(timings) for timings in zip(*turns, strict=True)]
 
 
 def compare(
@@ -68,36 +115,26 @@ def compare(
         rounds: timings of each column, of about `seconds` each.
         extra: more settings of the disaggregated one.
     """
-    columns = []
-    try:
+    with ExitStack() as ends:
+        columns = []
         for name, settings in COLUMNS.items():
             mine = extra if name == "disaggregated" else {}
-            columns.append(_start(name, {**common, **settings, **mine}))
-            columns[-1].line()
-        for column in columns:
-            column.steps = max(4, round(seconds / (column.ask(4)["seconds"] / 4)))
-        for _ in range(rounds):
-            for column in columns:
-                column.timings.append(column.ask(column.steps))
-    finally:
-        for column in columns:
-            column.process.kill()
-            column.process.communicate()
-    return [_summary(column) for column in columns]
+            column = Column(name, {**common, **settings, **mine})
+            ends.callback(column.close)
+            column.line()
+            columns.append(column)
+        timings = time_in_turn(columns, rounds, seconds)
+    return [summary(column.name, taken) for column, taken in zip(columns, timings, strict=True)]
 
 
-def _start(name: str, settings: dict[str, Any]) -> _Column:
-    command = [sys.executable, "-m", "lamina_jax.benchmarks.worker", json.dumps(settings)]
-    return _Column(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-
-
-def _summary(column: _Column) -> dict[str, Any]:
-    speeds = [timing["tokens_per_second"] for timing in column.timings]
+def summary(name: str, timings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a column's timings."""
+    speeds = [timing["tokens_per_second"] for timing in timings]
     return {
-        "column": column.name,
+        "column": name,
         "tokens_per_second": statistics.median(speeds),
         "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
-        "cpus": statistics.median(timing["cpus"] for timing in column.timings),
+        "cpus": statistics.median(timing["cpus"] for timing in timings),
     }
 
 

@@ -2,8 +2,10 @@
 
 `python -m lamina_jax.benchmarks.worker SETTINGS` (JSON: fields of `EngineConfig`, and `batch` and
 `context` to decode, or `prompt` to prefill) builds the engine, fills its KV cache, prints "ready" and
-then, for every number that it reads from stdin, runs so many steps and prints what they took as a line
-of JSON.
+then, for every line {"steps": n} that it reads from stdin, runs so many steps and prints what they took
+as a line of JSON. Such a line may have another "context", and with it another "batch", as long as they fit.
+
+The cache of attention workers in other processes is not filled: it holds zeros, which take as long to read.
 """
 
 from __future__ import annotations
@@ -45,7 +47,13 @@ def main() -> None:
     run_steps(engine.runner, plans, 3)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(run_steps(engine.runner, plans, int(line))), flush=True)
+        asked = json.loads(line)
+        if "context" in asked:
+            plans = [decode_plans(config, asked.get("batch", batch), asked["context"])]
+        taken: dict[str, Any] = {**run_steps(engine.runner, plans, asked["steps"])}
+        if "timings" in (stats := engine.runner.stats()):
+            taken["timings"] = stats["timings"]
+        print(json.dumps(taken), flush=True)
 
 
 Step = tuple[MicrobatchPlan, ...]
@@ -68,6 +76,7 @@ def run_steps(runner: ModelRunner, plans: Sequence[Step], steps: int) -> dict[st
     return {
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
+        "steps": steps,
         "cpus": (time.process_time() - cpu) / seconds,
     }
 

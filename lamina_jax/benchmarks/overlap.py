@@ -1,0 +1,183 @@
+"""Two microbatches over one attention worker beside one, and beside the collocated model on both cores.
+
+The engine is pinned to core 0, its attention worker to core 1; the collocated engine has both. The context
+is looked for at which a step's attention takes as long as its layers. Every column is a process of its own,
+and all are timed in turn (`lamina_jax.benchmarks.columns`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
+from lamina_jax.benchmarks.columns import Column, summary, time_in_turn
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.two_cores import PAGE_SIZE, Bench, xla_threads
+
+LONGEST = 1024
+PROBES = 256, 768
+"""Contexts from whose times the balanced one is computed."""
+
+GOALS = {"two / one": 1.8, "two / collocated": 0.95}
+HOP_GOAL_MICROSECONDS = 50
+HOP_BATCHES = 8, 64
+
+ONE, TWO, COLLOCATED = "one", "two", "collocated"
+SPLIT: dict[str, dict[str, Any]] = {
+    f"{name}, overlap {overlap}": {"microbatches": n, "overlap": overlap}
+    for name, n in ((ONE, 1), (TWO, 2))
+    for overlap in ("off", "on")
+}
+TIMED = ("compute", "attention", "wire_out", "wire_back", "exposed_wire")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the balanced context only, in five rounds")
+    parser.add_argument("--batch", type=int, default=512, help="requests decoded at once (default 512)")
+    parser.add_argument("--rounds", type=int, default=11, help="timings per column (default 11)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of one timing, about (default 1.5)")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print what was chosen and the tables; the results as plain dicts."""
+    rounds = 5 if args.quick else args.rounds
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
+        model = random_checkpoint(COMPUTE_BOUND, Path(folder, "model"))
+        with Bench(model, Path(folder), batch=args.batch, longest=LONGEST) as bench:
+            for name, settings in SPLIT.items():
+                worker = bench.split(name, **settings)
+            bench.collocated(f"{COLLOCATED}, 1 device", compute_devices="cpu:0")
+            bench.collocated(f"{COLLOCATED}, 2 devices", compute_devices="cpu:0-1")
+            engine = bench.columns[len(SPLIT) - 1]
+            threads = xla_threads(engine.process), xla_threads(worker.process)
+            print(f"threads of XLA: {threads[0]} in the engine, {threads[1]} in the worker")
+            balanced = balanced_context(engine)
+            contexts = [balanced] if args.quick else _around(balanced)
+            results = [_measure(bench, rounds, args.seconds, context) for context in contexts]
+            print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
+            _print(results, balanced, args.batch, rounds)
+            results += [_hop(engine, batch, balanced) for batch in (*HOP_BATCHES, args.batch)]
+    return results
+
+
+def balanced_context(column: Column) -> int:
+    """The context, in whole pages, at which attention takes as long as all else; from medians of three."""
+    short, long = (
+        [statistics.median(taken["timings"][name] for taken in timings) for name in ("attention", "compute")]
+        for timings in ([column.ask(6, context=context) for _ in range(3)] for context in PROBES)
+    )
+    slope = (long[0] - short[0]) / (PROBES[1] - PROBES[0])
+    context = PROBES[0] + (short[1] - short[0]) / slope
+    return _whole_pages(min(max(context, PAGE_SIZE), LONGEST))
+
+
+def _around(balanced: int) -> list[int]:
+    factors = 0.125, 0.25, 0.5, 1, 1.5
+    return sorted({_whole_pages(min(balanced * factor, LONGEST)) for factor in factors})
+
+
+def _whole_pages(context: float) -> int:
+    return PAGE_SIZE * max(1, round(context / PAGE_SIZE))
+
+
+def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[str, Any]:
+    """All columns at one context; a ratio is the median of the rounds' ratios of the better columns."""
+    timings = time_in_turn(bench.columns, rounds, seconds, context=context)
+    names = [column.name for column in bench.columns]
+    columns = {name: _figures(name, taken) for name, taken in zip(names, timings, strict=True)}
+    best = {
+        kind: max(
+            (column for column in columns.values() if column["column"].startswith(kind)),
+            key=lambda column: column["tokens_per_second"],
+        )["column"]
+        for kind in (ONE, TWO, COLLOCATED)
+    }
+    speeds = {
+        kind: [taken["tokens_per_second"] for taken in timings[names.index(name)]]
+        for kind, name in best.items()
+    }
+    ratios = {
+        f"{TWO} / {kind}": statistics.median(a / b for a, b in zip(speeds[TWO], speeds[kind], strict=True))
+        for kind in (ONE, COLLOCATED)
+    }
+    return {"context": context, "columns": list(columns.values()), "best": best, **ratios}
+
+
+def _figures(name: str, taken: list[dict[str, Any]]) -> dict[str, Any]:
+    """A column's medians, those of its timings as milliseconds of a step."""
+    figures = summary(name, taken)
+    figures["step_ms"] = statistics.median(1e3 * one["seconds"] / one["steps"] for one in taken)
+    if "timings" in taken[0]:
+        for figure in (*TIMED, "host_per_hop"):
+            figures[f"{figure}_ms"] = statistics.median(1e-3 * one["timings"][figure] for one in taken)
+    return figures
+
+
+def _hop(column: Column, batch: int, context: int) -> dict[str, Any]:
+    """Print and return what the host does for a layer of a microbatch, at the batch of a column."""
+    taken = [
+        column.ask(40 if batch <= max(HOP_BATCHES) else 6, batch=batch, context=context) for _ in range(5)
+    ]
+    hop = statistics.median(one["timings"]["host_per_hop"] for one in taken)
+    step = statistics.median(1e6 * one["seconds"] / one["steps"] for one in taken)
+    goal = f" (goal {HOP_GOAL_MICROSECONDS})" if batch == min(HOP_BATCHES) else ""
+    print(
+        f"host per layer hop at batch {batch}: {hop:.0f} us{goal}; steps of {step / 1e3:.1f} ms: "
+        f"hidden up to L x n = {step / hop:.0f}"
+    )
+    return {"batch": batch, "host_per_hop_us": hop, "step_us": step}
+
+
+def _print(results: list[dict[str, Any]], balanced: int, batch: int, rounds: int) -> None:
+    shape = COMPUTE_BOUND
+    print(
+        f"float32, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
+        f"{shape.num_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}; "
+        f"batch {batch}; balanced at context {balanced}; median of {rounds} rounds"
+    )
+    (chosen,) = (result for result in results if result["context"] == balanced)
+    print(f"\nat context {balanced}, milliseconds of a step")
+    print(_columns_table(chosen["columns"]))
+    for name, goal in GOALS.items():
+        met = "met" if chosen[name] >= goal else "missed"
+        print(f"goal: {name} at least {goal}: {chosen[name]:.2f} ({met})")
+    if len(results) > 1:
+        print("\ntokens/s of the better column of each kind")
+        print(_contexts_table(results))
+
+
+def _columns_table(columns: list[dict[str, Any]]) -> str:
+    header = ["", "tokens/s", "spread", "step", *(name.replace("_", " ") for name in TIMED)]
+    rows = [
+        [
+            column["column"],
+            f"{column['tokens_per_second']:.0f}",
+            f"{column['spread']:.0%}",
+            f"{column['step_ms']:.1f}",
+            *(f"{column[f'{name}_ms']:.1f}" if f"{name}_ms" in column else "" for name in TIMED),
+        ]
+        for column in columns
+    ]
+    return format_table(header, rows)
+
+
+def _contexts_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        by_name = {column["column"]: column for column in result["columns"]}
+        best = [by_name[result["best"][kind]] for kind in (ONE, TWO, COLLOCATED)]
+        split = by_name[result["best"][TWO]]
+        rows.append(
+            [
+                str(result["context"]),
+                f"{split['attention_ms'] / split['compute_ms']:.2f}",
+                *(f"{column['tokens_per_second']:.0f}" for column in best),
+                *(f"{result[name]:.2f}" for name in GOALS),
+            ]
+        )
+    return format_table(["context", "attention / compute", ONE, TWO, COLLOCATED, *GOALS], rows)

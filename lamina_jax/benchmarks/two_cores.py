@@ -1,0 +1,115 @@
+"""An engine on one core and its attention worker on another: the columns of benchmarks that compare them.
+
+XLA makes as many threads as a process has cores when it starts, so that both are pinned before they begin.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.columns import Column, pinned, with_cache
+
+ENGINE_CORE, WORKER_CORE, BOTH_CORES = "0", "1", "0-1"
+PAGE_SIZE = 64
+
+_LISTENING = re.compile(r"listening on .+ \(port (\d+), data port (\d+)\)")
+
+
+class PinnedWorker:
+    """`python -m lamina_jax.attend` on 127.0.0.1 with one device, on some cores only.
+
+    Attributes:
+        port, data_port: where it listens.
+
+    Raises:
+        SystemExit: it did not start; with what it said.
+    """
+
+    def __init__(self, cores: str, cache: Path) -> None:
+        command = [sys.executable, "-m", "lamina_jax.attend", "--listen", "127.0.0.1:0"]
+        command += ["--devices", "cpu:0", "--memory-fraction", "0.9"]
+        self.process = subprocess.Popen(
+            pinned(command, cores), stderr=subprocess.PIPE, text=True, env=with_cache(cache)
+        )
+        assert self.process.stderr is not None
+        said: deque[str] = deque(maxlen=20)
+        for line in self.process.stderr:
+            said.append(line)
+            if found := _LISTENING.search(line):
+                self.port, self.data_port = int(found[1]), int(found[2])
+                return
+        raise SystemExit(f"the attention worker ended with exit code {self.process.wait()}: {''.join(said)}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Bench:
+    """Columns of one model, each ready when it is made; a context manager that ends them all.
+
+    Args:
+        model: the checkpoint's folder.
+        scratch: for compiled programs, which like columns share.
+        batch, longest: most requests, and most cached tokens of each, that a column is asked for.
+    """
+
+    def __init__(self, model: Path, scratch: Path, *, batch: int, longest: int) -> None:
+        self._cache, self._ends = scratch / "compiled", ExitStack()
+        self.columns: list[Column] = []
+        self._common = {
+            "model": str(model),
+            "batch": batch,
+            "context": PAGE_SIZE,
+            "max_num_seqs": batch,
+            "max_model_len": longest + PAGE_SIZE,
+            "max_prefill_tokens": PAGE_SIZE,
+            "num_pages": batch * (longest // PAGE_SIZE + 1),
+            "page_size": PAGE_SIZE,
+            "prefill_stall_ms": math.inf,
+        }
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.close()
+
+    def collocated(self, name: str, **settings: Any) -> None:
+        """Add a column of one process on both cores."""
+        self._add(name, BOTH_CORES, {"placement": "collocated", **settings})
+
+    def split(
+        self, name: str, way: Callable[[PinnedWorker], str] | None = None, **settings: Any
+    ) -> PinnedWorker:
+        """Add a column of an engine and its worker, which is returned.
+
+        Args:
+            way: makes the way to the worker; its address as the engine is to know it. None: its own.
+        """
+        worker = PinnedWorker(WORKER_CORE, self._cache)
+        self._ends.callback(worker.close)
+        address = way(worker) if way else f"127.0.0.1:{worker.port}"
+        self._add(name, ENGINE_CORE, {"attention": address, "timings": True, **settings})
+        return worker
+
+    def _add(self, name: str, cores: str, settings: dict[str, Any]) -> None:
+        print(f"starting: {name}", file=sys.stderr)
+        column = Column(name, {**self._common, **settings}, cores, self._cache)
+        self._ends.callback(column.close)
+        column.line()
+        self.columns.append(column)
+
+
+def xla_threads(process: subprocess.Popen[str]) -> int:
+    """How many threads XLA computes with in a process."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    return sum(task.joinpath("comm").read_text().strip() == "tf_XLAEigen" for task in tasks.iterdir())
