@@ -6,7 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS / "worker"))
+sys.path.insert(0, str(TESTS / "engine"))
 
 from real_processes import PROMPT, SETTINGS
 

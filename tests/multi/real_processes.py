@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from tiny_models import TINY
 from worker_talk import until
 
 from lamina_jax import LLM, SamplingParams
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
 }
 """Few programs to compile."""
 
+VOCABULARY = TINY.vocab_size
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79]
 LONG = 140
 """Tokens that take a while."""

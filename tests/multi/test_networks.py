@@ -29,12 +29,14 @@ def worker(run: Start) -> WorkerProcess:
 
 @pytest.fixture
 def lay(worker: WorkerProcess) -> Iterator[Lay]:
-    """`lay(delay, rate)`: the worker's two ports, again at HOST; the rate is that of data."""
+    """`lay(delay, rate, control_rate)`: the worker's two ports, again at HOST; `rate` is that of data."""
     with ExitStack() as stack:
 
-        def start(delay: float = 0.0, rate: float | None = None) -> Network:
+        def start(
+            delay: float = 0.0, rate: float | None = None, control_rate: float | None = None
+        ) -> Network:
             network = []
-            for port, pace in ((worker.port, None), (worker.data_port, rate)):
+            for port, pace in ((worker.port, control_rate), (worker.data_port, rate)):
                 proxy = Proxy(f"{HOST}:{port}", f"{worker.host}:{port}", delay, pace)
                 proxy.start()
                 network.append(stack.enter_context(closing(proxy)))
@@ -124,7 +126,7 @@ def test_cut_within_frames(
     lay: Lay, serve: Callable[..., ServeProcess], expected: list[int], exchange: str
 ) -> None:
     """A chunk of the prompt takes half a second to pass, so that most cuts come within one."""
-    network = lay(rate=2e4)
+    network = lay(rate=2e4) if exchange == "socket" else lay(control_rate=4e4)
     server = serve(exchange)
     chance = random.Random(3)
     for turn in range(3):
