@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificates
-from real_processes import Process, Start, WorkerProcess, flags
+from real_processes import PROMPT, SETTINGS, Process, Start, WorkerProcess, flags
 
 pytestmark = [
     pytest.mark.multi,
@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 WORKER_HOST, ENGINE_HOST = "10.97.31.1", "10.97.31.2"
+TOKENS = 40
 
 
 def ip(command: str) -> None:
@@ -50,11 +51,14 @@ def inside(name: str) -> tuple[str, ...]:
     return "ip", "netns", "exec", name
 
 
-def tokens(name: str, checkpoint: str, address: str, **options: object) -> list[int]:
+def tokens(
+    name: str, checkpoint: str, address: str, security: dict[str, object], **options: object
+) -> list[int]:
     """Of an engine in the namespace."""
     script = str(Path(__file__).parent / "print_tokens.py")
-    settings = json.dumps({"model": checkpoint, "attention": address, **options})
-    command = [*inside(name), sys.executable, script, settings]
+    settings = {**SETTINGS, "model": checkpoint, "attention": address, **options}
+    told = {"prompt": PROMPT, "max_tokens": TOKENS, "security": security, "settings": settings}
+    command = [*inside(name), sys.executable, script, json.dumps(told)]
     return json.loads(subprocess.run(command, check=True, timeout=100, stdout=subprocess.PIPE).stdout)
 
 
@@ -63,9 +67,8 @@ def test_open_to_everyone(
     run: Start, namespaces: tuple[str, str], checkpoint: str, expected: list[int], exchange: str
 ) -> None:
     worker = run(WorkerProcess, WORKER_HOST, 0, "--insecure", before=inside(namespaces[0])).wait_listening()
-    security = {"insecure": True}
-    found = tokens(namespaces[1], checkpoint, worker.address, exchange=exchange, security=security)
-    assert found == expected[:40]
+    found = tokens(namespaces[1], checkpoint, worker.address, {"insecure": True}, exchange=exchange)
+    assert found == expected[:TOKENS]
 
 
 def test_token_and_tls(
@@ -75,7 +78,7 @@ def test_token_and_tls(
     own = {"token_file": files / "token", "tls_cert": files / "worker.pem", "tls_key": files / "worker.key"}
     worker = run(WorkerProcess, WORKER_HOST, 0, *flags(own), before=inside(namespaces[0])).wait_listening()
     security = {"token_file": str(files / "token"), "tls_ca": str(files / "ca.pem")}
-    assert tokens(namespaces[1], checkpoint, worker.address, security=security) == expected[:40]
+    assert tokens(namespaces[1], checkpoint, worker.address, security) == expected[:TOKENS]
 
 
 def test_a_reachable_address_needs_protection(run: Start, namespaces: tuple[str, str]) -> None:
