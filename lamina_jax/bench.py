@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import decode, exchange, overlap, partition, prefill, sampler
+from lamina_jax.benchmarks import bandwidth, decode, exchange, overlap, partition, prefill, sampler
 
 BENCHMARKS = {
+    "bandwidth": bandwidth,
     "decode": decode,
     "exchange": exchange,
     "overlap": overlap,

@@ -14,21 +14,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lamina_jax.benchmarks import overlap_gain
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
 from lamina_jax.benchmarks.columns import Column, summary, time_in_turn
 from lamina_jax.benchmarks.table import format_table
-from lamina_jax.benchmarks.two_cores import PAGE_SIZE, Bench, xla_threads
+from lamina_jax.benchmarks.two_cores import Bench, balanced_context, whole_pages, xla_threads
 
 LONGEST = 1024
-PROBES = 256, 768
-"""Contexts from whose times the balanced one is computed."""
-
 GOALS = {"two / one": 1.8, "two / collocated": 0.95}
 HOP_GOAL_MICROSECONDS = 50
 HOP_BATCHES = 8, 64
 
 ONE, TWO, COLLOCATED = "one", "two", "collocated"
-SPLIT: dict[str, dict[str, Any]] = {
+SPLIT = {
     f"{name}, overlap {overlap}": {"microbatches": n, "overlap": overlap}
     for name, n in ((ONE, 1), (TWO, 2))
     for overlap in ("off", "on")
@@ -38,6 +36,9 @@ TIMED = ("compute", "attention", "wire_out", "wire_back", "exposed_wire")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the balanced context only, in five rounds")
+    parser.add_argument(
+        "--overlap-gain", action="store_true", help="instead: q first, on against off, at G = 1 and G = 8"
+    )
     parser.add_argument("--batch", type=int, default=512, help="requests decoded at once (default 512)")
     parser.add_argument("--rounds", type=int, default=11, help="timings per column (default 11)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of one timing, about (default 1.5)")
@@ -46,17 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print what was chosen and the tables; the results as plain dicts."""
     rounds = 5 if args.quick else args.rounds
+    if args.overlap_gain:
+        return overlap_gain.run(args.batch, rounds, args.seconds)
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
         model = random_checkpoint(COMPUTE_BOUND, Path(folder, "model"))
         with Bench(model, Path(folder), batch=args.batch, longest=LONGEST) as bench:
             for name, settings in SPLIT.items():
-                worker = bench.split(name, **settings)
+                worker = bench.split(name, settings)
             bench.collocated(f"{COLLOCATED}, 1 device", compute_devices="cpu:0")
             bench.collocated(f"{COLLOCATED}, 2 devices", compute_devices="cpu:0-1")
             engine = bench.columns[len(SPLIT) - 1]
             threads = xla_threads(engine.process), xla_threads(worker.process)
             print(f"threads of XLA: {threads[0]} in the engine, {threads[1]} in the worker")
-            balanced = balanced_context(engine)
+            balanced = balanced_context(engine, LONGEST)
             contexts = [balanced] if args.quick else _around(balanced)
             results = [_measure(bench, rounds, args.seconds, context) for context in contexts]
             print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
@@ -65,24 +68,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def balanced_context(column: Column) -> int:
-    """The context, in whole pages, at which attention takes as long as all else; from medians of three."""
-    short, long = (
-        [statistics.median(taken["timings"][name] for taken in timings) for name in ("attention", "compute")]
-        for timings in ([column.ask(6, context=context) for _ in range(3)] for context in PROBES)
-    )
-    slope = (long[0] - short[0]) / (PROBES[1] - PROBES[0])
-    context = PROBES[0] + (short[1] - short[0]) / slope
-    return _whole_pages(min(max(context, PAGE_SIZE), LONGEST))
-
-
 def _around(balanced: int) -> list[int]:
     factors = 0.125, 0.25, 0.5, 1, 1.5
-    return sorted({_whole_pages(min(balanced * factor, LONGEST)) for factor in factors})
-
-
-def _whole_pages(context: float) -> int:
-    return PAGE_SIZE * max(1, round(context / PAGE_SIZE))
+    return sorted({whole_pages(min(balanced * factor, LONGEST)) for factor in factors})
 
 
 def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[str, Any]:

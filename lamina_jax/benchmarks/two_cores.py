@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class Bench:
         self._add(name, BOTH_CORES, {"placement": "collocated", **settings})
 
     def split(
-        self, name: str, way: Callable[[PinnedWorker], str] | None = None, **settings: Any
+        self, name: str, settings: Mapping[str, Any], way: Callable[[PinnedWorker], str] | None = None
     ) -> PinnedWorker:
         """Add a column of an engine and its worker, which is returned.
 
@@ -113,3 +114,20 @@ def xla_threads(process: subprocess.Popen[str]) -> int:
     """How many threads XLA computes with in a process."""
     tasks = Path(f"/proc/{process.pid}/task")
     return sum(task.joinpath("comm").read_text().strip() == "tf_XLAEigen" for task in tasks.iterdir())
+
+
+def balanced_context(column: Column, longest: int) -> int:
+    """The context, in whole pages, at which a step's attention takes as long as its layers. From a quarter
+    and three quarters of the longest, between which both are taken to grow evenly."""
+    probes = [whole_pages(longest / 4), whole_pages(longest * 3 / 4)]
+    excess = []
+    for context in probes:
+        taken = [column.ask(6, context=context)["timings"] for _ in range(3)]
+        excess.append(statistics.median(times["attention"] - times["compute"] for times in taken))
+    slope = (excess[1] - excess[0]) / (probes[1] - probes[0])
+    return whole_pages(min(probes[0] - excess[0] / slope, longest))
+
+
+def whole_pages(context: float) -> int:
+    """The nearest number of tokens that fills pages, at least one."""
+    return PAGE_SIZE * max(1, round(context / PAGE_SIZE))
