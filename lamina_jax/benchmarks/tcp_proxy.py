@@ -274,7 +274,11 @@ def main() -> None:
     parser.add_argument("--bytes-per-second", type=float, default=float("inf"))
     options = parser.parse_args()
     up, down = (Link(options.delay_seconds, options.bytes_per_second) for _ in range(2))
-    with socket.create_server(options.listen) as listener:
+    try:
+        listener = socket.create_server(options.listen)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    with listener:
         loop = Loop(listener, options.target, up, down)
         loop.tell()
         loop.run()

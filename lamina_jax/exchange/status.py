@@ -31,13 +31,13 @@ def explain(address: str, call: grpc.Call, *, leased: bool = False) -> Failure:
         case grpc.StatusCode.UNAVAILABLE if not _listens(address):
             command = f"`python -m lamina_jax.attend --listen {address}`"
             return Failure(f"nothing listens there: run {command}, or correct the address", True)
-        case grpc.StatusCode.UNAVAILABLE:
+        case grpc.StatusCode.UNAVAILABLE if "timed out" not in details:
             hint = "correct the address; if it has a tls_cert, give the engine its tls_ca"
             return Failure(f"{stranger}: {hint}", True)
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Failure("it takes connections, and has not answered in time", True)
         case grpc.StatusCode.UNIMPLEMENTED:
             return Failure(f"{stranger}: correct the address", False)
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return Failure("it takes connections, and has not answered in time", True)
         case _:
             return Failure(details or code.name, code is grpc.StatusCode.RESOURCE_EXHAUSTED)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import threading
 import time
-from typing import Any
 
+import httpx
 import pytest
 from real_processes import (
     LONG,
@@ -37,7 +38,6 @@ def test_a_worker_that_is_lost_and_comes_back(
     server: ServeProcess,
     expected: list[int],
     number: signal.Signals,
-    record_property: Any,
 ) -> None:
     victim = workers[1]
     with server.stream() as events:
@@ -112,28 +112,63 @@ def test_an_engine_that_is_lost_leaves_its_workers_free(
         assert server.complete(16) == expected[:16]
 
 
-def test_engines_and_workers_that_end_at_random_moments(
+def test_engines_that_end_at_random_moments(
     run: Start, checkpoint: str, workers: list[WorkerProcess], expected: list[int]
 ) -> None:
-    """While they connect, lease, compile, serve: whoever is left serves the next."""
+    """While they connect, lease, compile, serve: the workers are free for the next."""
     chance = random.Random(11)
     addresses = [worker.address for worker in workers]
-    for _ in range(6):
+    for number in (signal.SIGKILL, signal.SIGSTOP) * 2:
         server = run(ServeProcess, checkpoint, addresses)
         time.sleep(chance.uniform(1.0, 9.0))
-        number = chance.choice([signal.SIGKILL, signal.SIGSTOP])
-        if chance.random() < 0.5:
-            server.send(number)
-        else:
-            place = chance.randrange(2)
-            workers[place].send(number)
-            time.sleep(chance.uniform(0.0, WITHIN))
-            workers[place].close()
-            workers[place] = run(WorkerProcess, "127.0.0.1", workers[place].port).wait_listening()
-            server.send(signal.SIGKILL)
+        server.send(number)
         for worker in workers:
             worker.is_free_within(WITHIN)
         server.close()
     last = run(ServeProcess, checkpoint, addresses)
     last.wait_ready()
     assert last.complete(16) == expected[:16]
+    last.send(signal.SIGTERM)
+    assert last.exit_code() == 0
+    for worker in workers:
+        worker.is_free_within(1.0)
+
+
+def test_workers_that_end_at_random_moments(
+    run: Start, checkpoint: str, workers: list[WorkerProcess], expected: list[int]
+) -> None:
+    """A server that is ready says so and waits; one that starts ends with an error. Both name the worker."""
+    chance = random.Random(5)
+    addresses = [worker.address for worker in workers]
+    phases = ("importing jax", "loading weights", "slicing", "compiling", "compiling")
+    for phase, number in zip(phases, itertools.cycle([signal.SIGSTOP, signal.SIGKILL]), strict=False):
+        server = run(ServeProcess, checkpoint, addresses, "--worker-wait-seconds", "3").wait_listening()
+        until(lambda server=server, phase=phase: server.ready().json()["phase"] in (phase, "ready"), 60)
+        time.sleep(chance.uniform(0.0, 0.5))
+        victim = chance.choice(workers)
+        victim.send(number)
+        assert until(lambda server=server: server.popen.poll() is not None or is_lost(server), 30), (
+            server.said
+        )
+        assert f"attention worker {victim.address}" in server.said
+        assert "Traceback" not in server.said
+        workers.remove(victim)
+        victim.close()
+        workers.append(run(WorkerProcess, "127.0.0.1", victim.port).wait_listening())
+        if server.popen.poll() is None:
+            print(f"{number.name} at {phase!r}: it serves again")
+            server.wait_ready()
+            assert server.complete(16) == expected[:16]
+        else:
+            print(f"{number.name} at {phase!r}: {server.lines[-1]}")
+            assert server.exit_code() == 1
+        server.close()
+        for worker in workers:
+            worker.is_free_within(WITHIN)
+
+
+def is_lost(server: ServeProcess) -> bool:
+    try:
+        return server.ready().json()["phase"] == "worker_lost"
+    except httpx.TransportError:  # it has just ended
+        return False
