@@ -55,11 +55,11 @@ def alone(checkpoint: str, cases: list[tuple[list[int], SamplingParams]]) -> lis
 @pytest.mark.parametrize(
     ("partition", "remote", "microbatches", "overlap"),
     [
-        ("heads", 0, 1, "off"),
         ("heads", 0, 2, "on"),
-        ("requests", 0, 2, "off"),
         ("tokens", 0, 1, "on"),
         ("requests", 3, 1, "on"),
+        pytest.param("heads", 0, 1, "off", marks=pytest.mark.slow),
+        pytest.param("requests", 0, 2, "off", marks=pytest.mark.slow),
         pytest.param("heads", 2, 2, "on", marks=pytest.mark.slow),
         pytest.param("tokens", 3, 2, "on", marks=pytest.mark.slow),
     ],
