@@ -24,6 +24,9 @@ PIPE_BYTES = 1 << 20
 
 MOST_AT_ONCE, LEAST_AT_ONCE = 1 << 16, 1 << 11
 
+WAKING_SECONDS = 1e-4
+"""The kernel wakes a sleeper about so late; the last of a wait is spent awake."""
+
 _TURNS = 8  # of one flow before the others have theirs
 _START_SECONDS = 20.0
 
@@ -196,7 +199,7 @@ class Loop:
                 [sys.stdin, self._listener, *(flow.source for flow in reading)],
                 [flow.target for flow in blocked],
                 [],
-                None if next_due == float("inf") else max(0.0, next_due - monotonic()),
+                None if next_due == float("inf") else max(0.0, next_due - monotonic() - WAKING_SECONDS),
             )
             if sys.stdin in readable and not self._obey(sys.stdin.readline().strip()):
                 return
