@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 
 def draw(results: list[dict[str, Any]], demand: float, args: argparse.Namespace) -> None:
@@ -27,7 +28,8 @@ def draw(results: list[dict[str, Any]], demand: float, args: argparse.Namespace)
         if result["measured"]:
             axes.axvline(result["measured"] / 1e6, color=line.get_color(), linestyle="--", linewidth=1)
     axes.axvline(demand / 1e6, color="black", linewidth=1, label="the formula's bandwidth")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("MB/s each way (dashed: a step takes 1.2 times as long)")
     axes.set_ylabel("tokens/s (dotted: unthrottled)")

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap-gain", action="store_true", help="instead: q first, on against off, at G = 1 and G = 8"
     )
     parser.add_argument("--batch", type=int, default=512, help="requests decoded at once (default 512)")
-    parser.add_argument("--rounds", type=int, default=11, help="timings per column (default 11)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of one timing, about (default 1.5)")
+    parser.add_argument("--rounds", type=int, default=7, help="timings per column (default 7)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one timing, about (default 1)")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -74,7 +74,8 @@ def _around(balanced: int) -> list[int]:
 
 
 def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[str, Any]:
-    """All columns at one context; a ratio is the median of the rounds' ratios of the better columns."""
+    """All columns at one context; a ratio is the median of the rounds' ratios of the better columns;
+    that of their fastest rounds says what it is where neighbours were quiet for that long."""
     timings = time_in_turn(bench.columns, rounds, seconds, context=context)
     names = [column.name for column in bench.columns]
     columns = {name: _figures(name, taken) for name, taken in zip(names, timings, strict=True)}
@@ -93,7 +94,8 @@ def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[st
         f"{TWO} / {kind}": statistics.median(a / b for a, b in zip(speeds[TWO], speeds[kind], strict=True))
         for kind in (ONE, COLLOCATED)
     }
-    return {"context": context, "columns": list(columns.values()), "best": best, **ratios}
+    fastest = {f"{name}, fastest rounds": max(speeds[TWO]) / max(speeds[name.split()[-1]]) for name in GOALS}
+    return {"context": context, "columns": list(columns.values()), "best": best, **ratios, **fastest}
 
 
 def _figures(name: str, taken: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +135,10 @@ def _print(results: list[dict[str, Any]], balanced: int, batch: int, rounds: int
     print(_columns_table(chosen["columns"]))
     for name, goal in GOALS.items():
         met = "met" if chosen[name] >= goal else "missed"
-        print(f"goal: {name} at least {goal}: {chosen[name]:.2f} ({met})")
+        fastest = chosen[f"{name}, fastest rounds"]
+        print(
+            f"goal: {name} at least {goal}: {chosen[name]:.2f} ({met}); of the fastest rounds {fastest:.2f}"
+        )
     if len(results) > 1:
         print("\ntokens/s of the better column of each kind")
         print(_contexts_table(results))
