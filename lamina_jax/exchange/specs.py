@@ -10,7 +10,7 @@ from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.spec import WorkerSpec
 
 _COUNTS = ("devices", "pages_per_request", "pieces", "copies")
-_MOST_LAYERS, _MOST_BUCKETS = 1024, 256
+_MOST_LAYERS, _MOST_BUCKETS, _MOST_TOKENS = 1024, 256, 1 << 20
 
 
 def spec_to_message(spec: WorkerSpec) -> pb.WorkerSpec:
@@ -44,7 +44,8 @@ def spec_from_message(message: pb.WorkerSpec) -> WorkerSpec:
     _check(len(message.layers) == fields["num_layers"] <= _MOST_LAYERS, "layers", len(message.layers))
     _check(0 < len(message.buckets) <= _MOST_BUCKETS, "buckets", len(message.buckets))
     for bucket in message.buckets:
-        _check(bucket.rows > 0 < bucket.queries, "buckets", (bucket.rows, bucket.queries))
+        tokens = bucket.rows * bucket.queries
+        _check(0 < tokens <= _MOST_TOKENS, "buckets", (bucket.rows, bucket.queries))
     _check(fields["num_heads"] % fields["num_kv_heads"] == 0, "num_heads", fields["num_heads"])
     _check(fields["num_kv_heads"] % message.devices == 0, "devices", message.devices)
     return WorkerSpec(
