@@ -17,6 +17,7 @@ from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.spec import WorkerSpec
 
 COUNT = st.integers(1, 1 << 20)
+BUCKET = st.tuples(st.integers(1, 1 << 10), st.integers(1, 1 << 10), st.booleans())
 DTYPE = st.sampled_from(["float32", "bfloat16"])
 FLOAT = st.floats(allow_nan=False)
 
@@ -45,7 +46,7 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
         "windows": each(st.integers(1, 1 << 30)),
         "scales": each(FLOAT),
         "softcaps": each(st.none() | FLOAT),
-        "buckets": tuple(draw(st.lists(st.tuples(COUNT, COUNT, st.booleans()), min_size=1, max_size=4))),
+        "buckets": tuple(draw(st.lists(BUCKET, min_size=1, max_size=4))),
         "pages_per_request": draw(COUNT),
         "overlap": draw(st.booleans()),
         "pieces": draw(COUNT),
@@ -72,6 +73,7 @@ def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
         (lambda m: setattr(m, "devices", 3), "devices=3"),
         (lambda m: setattr(m, "pieces", 0), "pieces=0"),
         (lambda m: m.buckets.add(rows=0, queries=1), r"buckets=\(0, 1\)"),
+        (lambda m: m.buckets.add(rows=1 << 20, queries=2), r"buckets=\(1048576, 2\)"),
         (lambda m: [m.buckets.add(rows=1, queries=1) for _ in range(256)], "buckets=258"),
     ],
 )
