@@ -30,6 +30,8 @@ UNIX_BUFFER_BYTES = 4 << 20
 """What a Unix socket may hold: its buffer does not grow by itself, as TCP's do. The kernel gives at most its
 net.core.wmem_max."""
 
+CONNECT_SECONDS = 5.0
+
 _MOST_BUFFERS = 512  # in one system call; Linux takes 1024
 
 
@@ -168,20 +170,22 @@ def connect(
     ssl_context: ssl.SSLContext | None = None,
     idle_seconds: float | None = None,
 ) -> SocketChannel:
-    """A channel to "host:port" or "unix:/path"; connecting and the handshake have the deadline, too.
+    """A channel to "host:port" or "unix:/path"; connecting and the handshake have the deadline, too, but at
+    most `CONNECT_SECONDS` each.
 
     Raises:
         ValueError: no such kind of address.
         ChannelClosed: nobody answers there, or not in TLS that `ssl_context` trusts.
     """
+    seconds = min(deadline_seconds, CONNECT_SECONDS)
     try:
         if address.startswith("unix:"):
             if ssl_context is not None:
                 raise ValueError(f"{address} stays on this machine: there is no TLS for it, leave it out")
-            sock = _connected(socket.socket(socket.AF_UNIX), address.removeprefix("unix:"), deadline_seconds)
+            sock = _connected(socket.socket(socket.AF_UNIX), address.removeprefix("unix:"), seconds)
         else:
             host, port = _host_and_port(address)
-            sock = socket.create_connection((host, port), deadline_seconds)
+            sock = socket.create_connection((host, port), seconds)
             if ssl_context is not None:
                 sock = ssl_context.wrap_socket(sock, server_hostname=host)
     except OSError as error:
