@@ -47,7 +47,9 @@ sys.exit(launch.main(["local", "--cluster", sys.argv[2]]))
 
 TELL = "import os, signal, sys, time\nprint('pid', os.getpid())\n"
 WAIT = TELL + "time.sleep(60)\n"
-DRAIN = TELL + "signal.signal(signal.SIGTERM, lambda *_: (print('drained'), sys.exit(0)))\ntime.sleep(60)\n"
+DRAIN = (
+    "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: (print('drained'), sys.exit(0)))\n" + WAIT
+)
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT
 
 

@@ -300,7 +300,7 @@ def check_trace(events: list[dict[str, Any]], steps: int, addresses: list[str], 
         threads[process, names["thread_name", event["pid"], event["tid"]]].append(event)
     assert len(slices) + len(names) == len(events)
     for thread in threads.values():
-        thread.sort(key=lambda event: event["ts"])
+        thread.sort(key=lambda event: (event["ts"], event["dur"]))
         assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in thread)
         for before, after in pairwise(thread):
             assert before["ts"] + before["dur"] <= after["ts"] + 0.002, (before, after)
