@@ -158,7 +158,8 @@ def check_sockets(llm: LLM) -> None:
     assert crossed == wire.tensor_bytes + wire.metadata_bytes + hello + HEADER_BYTES * frames
 
 
-@pytest.mark.parametrize("partition", [pytest.param("heads", marks=pytest.mark.slow), "tokens"])
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["heads", "tokens"])
 def test_workers_with_two_devices_each(
     checkpoints: dict[str, str],
     expected: dict[str, list[list[int]]],

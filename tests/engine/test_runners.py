@@ -44,7 +44,7 @@ def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("overlap", ["on", "off"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("memory", ["cpu:1", "cpu:1-2", "cpu:1-4"])
+@pytest.mark.parametrize("memory", ["cpu:1", pytest.param("cpu:1-2", marks=pytest.mark.slow), "cpu:1-4"])
 def test_disaggregated_equals_collocated(
     checkpoint: str,
     prompts: list[list[int]],

@@ -67,7 +67,6 @@ EVERY = [
     if workers <= kv_heads
 ]
 SOME = [
-    (4, 2, 1, 1, "on"),
     (4, 2, 4, 1, "off"),
     (4, 4, 2, 2, "on"),
     (2, 4, 1, 2, "on"),
