@@ -6,6 +6,7 @@ What both endpoints share; how a choice looks is in `completion_answer` and `cha
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ class _Told:
     ended: bool = False
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one request, as its outputs come.
 
     Outputs are whole continuations so far; a chunk says what is new in them.
@@ -69,13 +70,13 @@ class Answer:
         self._outputs: dict[int, RequestOutput] = {}
         self._told: dict[int, _Told] = {}
 
+    @abstractmethod
     def choice(self, growth: Growth) -> dict[str, Any]:
         """A choice, from all of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk_choice(self, growth: Growth) -> dict[str, Any]:
         """A choice in a chunk."""
-        raise NotImplementedError
 
     def take(self, prompt: int, output: RequestOutput) -> None:
         """What prompt number `prompt` has got so far."""

@@ -9,6 +9,7 @@ engine; answers are written elsewhere.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -132,9 +133,9 @@ class GenerationRequest(_Body):
         return found[0] if found and found[1] in type(self).model_fields else self.PROMPT
 
     @property
+    @abstractmethod
     def told_logprobs(self) -> int | None:
         """How many alternatives are told beside each token; None where nothing is told."""
-        raise NotImplementedError
 
     @property
     def special_tokens(self) -> bool:
@@ -142,9 +143,9 @@ class GenerationRequest(_Body):
         default = self.PROMPT == "prompt"  # a chat template writes them itself
         return default if self.add_special_tokens is None else self.add_special_tokens
 
+    @abstractmethod
     def _in_other_words(self, context_length: int) -> dict[str, Any]:
         """Values of `SamplingParams` that this endpoint says in its own way."""
-        raise NotImplementedError
 
 
 def _prompts(value: object) -> list[Prompt]:

@@ -32,7 +32,6 @@ class Session(Protocol):
     def jobs(self) -> Iterable[Job]: ...
     def room(self, header: Header) -> int: ...
     def answers(self, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]: ...
-    def stats(self) -> dict[str, int]: ...
 
 
 class Refused(Exception):
@@ -138,12 +137,6 @@ class Lease:
         for header, buffers in session.answers(self._traffic.received(frames)):
             self._traffic.sent(header)
             yield header, buffers
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """The session's."""
-        session = self._session
-        return {} if session is None else session.stats()
 
     def _progress(self, done: int, total: int) -> None:
         if self.over.is_set():

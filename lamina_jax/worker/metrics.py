@@ -33,8 +33,6 @@ class WorkerMetrics(Collector):
             for direction in ("received", "sent"):
                 counter.add_metric([direction], getattr(traffic, f"{unit}_{direction}"))
             yield counter
-        for name, value in (lease.stats if lease else {}).items():
-            yield _gauge(f"session_{name}", "Of the session that runs; see Session.stats.", value)
 
     def serve(self, port: int) -> WSGIServer:
         """Offer /metrics on 127.0.0.1.

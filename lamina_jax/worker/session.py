@@ -58,9 +58,8 @@ class Session:
             )
             for device in devices[: spec.devices]
         ]
-        self._buckets = {(rows, queries) for rows, queries, _ in spec.buckets}
+        self._shapes = {(rows, queries): _shapes(spec, rows, queries) for rows, queries, _ in spec.buckets}
         self._begun: dict[int, _Begun] = {}
-        self._frames = 0
 
     def jobs(self) -> Iterator[Job]:
         """What compiles the programs."""
@@ -71,11 +70,6 @@ class Session:
                     (rows, queries), spec.pages_per_request, cached=cached, overlap=spec.overlap
                 )
 
-    def stats(self) -> dict[str, int]:
-        """Frames so far, pages, and bytes of all pages."""
-        g = self._spec.geometry
-        return {"frames": self._frames, "pages": g.num_pages, "page_bytes": g.num_pages * g.bytes_per_page}
-
     def room(self, header: Header) -> int:
         """The bytes that a frame has, and not one more; see `lamina_jax.exchange.channel.Room`.
 
@@ -83,15 +77,16 @@ class Session:
             ProtocolError: a frame that an engine does not send, or not now, or of another size.
         """
         if header.kind == Kind.BEGIN:
-            sizes = {self._begin_bytes(bucket) for bucket in self._buckets}
+            sizes = {self._begin_bytes(bucket) for bucket in self._shapes}
             if header.length not in sizes or header.microbatch >= MOST_MICROBATCHES:
                 raise ProtocolError(f"no microbatch begins with {header}")
             return header.length
-        if header.kind not in (Kind.QUERY, Kind.KV, Kind.QKV) or header.microbatch not in self._begun:
+        begun = self._begun.get(header.microbatch)
+        shape = self._shapes[begun.bucket].get(header.kind) if begun else None
+        if shape is None:
             raise ProtocolError(f"{header} before its microbatch has begun, or no frame of an engine")
         if header.layer >= self._spec.geometry.num_layers:
             raise ProtocolError(f"{header} is beyond the {self._spec.geometry.num_layers} layers")
-        shape = self._shape(header)
         size = math.prod(shape) * self._wire.itemsize
         shorter = self._spec.by_token and header.kind == Kind.KV
         if header.length != size and not (shorter and header.length <= size):
@@ -102,7 +97,6 @@ class Session:
         """Do what the frames say, in order; yields the answer of each query."""
         for header, payload in frames:
             received = time.monotonic_ns()
-            self._frames += 1
             if header.kind == Kind.BEGIN:
                 self._begin(header, payload)
                 continue
@@ -125,8 +119,8 @@ class Session:
     def _begin(self, header: Header, payload: np.ndarray) -> None:
         numbers = payload[: header.length].view(np.int32)
         rows, queries = bucket = int(numbers[0]), int(numbers[1])
-        if bucket not in self._buckets or self._begin_bytes(bucket) != header.length:
-            raise ProtocolError(f"a microbatch of {bucket} was not announced: {sorted(self._buckets)} were")
+        if bucket not in self._shapes or self._begin_bytes(bucket) != header.length:
+            raise ProtocolError(f"a microbatch of {bucket} was not announced: {sorted(self._shapes)} were")
         tokens, table = rows * queries, rows * self._spec.pages_per_request
         ends = np.cumsum([2, table, rows, table, tokens])
         _, tables, lens, places, positions, slots = np.split(numbers, ends)
@@ -151,23 +145,9 @@ class Session:
         rows, queries = bucket
         return 4 * (2 + rows * (2 * self._spec.pages_per_request + 1) + 2 * rows * queries)
 
-    def _shape(self, header: Header) -> tuple[int, int, int, int, int]:
-        """[pieces of all devices, B, Q, heads, H] of a frame."""
-        spec, g = self._spec, self._spec.geometry
-        pieces = spec.devices * spec.pieces
-        kept = pieces // spec.copies
-        kv_heads = 2 * g.num_kv_heads // kept
-        heads = {
-            Kind.QUERY: g.num_heads // pieces,
-            Kind.KV: kv_heads,
-            Kind.QKV: g.num_heads // pieces + kv_heads,
-        }
-        count = kept if header.kind == Kind.KV else pieces
-        return (count, *self._begun[header.microbatch].bucket, heads[header.kind], g.head_dim)
-
     def _sent(self, header: Header, payload: np.ndarray) -> list[Messages]:
         """Of each device its pieces."""
-        shape = self._shape(header)
+        shape = self._shapes[self._begun[header.microbatch].bucket][header.kind]
         if header.length < payload.nbytes and shape[0] > 1:  # a part of the tokens, of several pieces
             payload = _spread(payload[: header.length], shape[0], payload.nbytes)
         pieces = payload.view(self._wire).reshape(shape)
@@ -176,6 +156,21 @@ class Session:
             tuple([_placed(piece, shard.device) for piece in pieces[i * each : (i + 1) * each]])
             for i, shard in enumerate(self._shards)
         ]
+
+
+def _shapes(spec: WorkerSpec, rows: int, queries: int) -> dict[Kind, tuple[int, ...]]:
+    """[pieces of all devices, B, Q, heads, H] of the frames of a bucket."""
+    g, pieces = spec.geometry, spec.devices * spec.pieces
+    kept = pieces // spec.copies
+    q, kv = g.num_heads // pieces, 2 * g.num_kv_heads // kept
+    return {
+        kind: (count, rows, queries, heads, g.head_dim)
+        for kind, count, heads in (
+            (Kind.QUERY, pieces, q),
+            (Kind.KV, kept, kv),
+            (Kind.QKV, pieces, q + kv),
+        )
+    }
 
 
 def _placed(piece: np.ndarray, device: jax.Device) -> jax.Array | np.ndarray:

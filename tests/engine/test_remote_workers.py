@@ -15,11 +15,14 @@ from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
 from lamina_jax.core import StepPlan
+from lamina_jax.engine.build import find_model
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.exchange.frames import HEADER_BYTES
 from lamina_jax.exchange.remote import RemoteExchange
 from lamina_jax.models import ModelConfig
 from lamina_jax.pool.partition import Partition
+from lamina_jax.training.evaluation import load_plain
+from lamina_jax.training.recall import recall_prompts
 
 WINDOWED = dataclasses.replace(TINY, family="qwen2", num_layers=3, num_kv_heads=2, windows=(24, None, 24))
 MODELS = {"full": dataclasses.replace(TINY, num_layers=2, num_heads=12, num_kv_heads=6), "windows": WINDOWED}
@@ -216,3 +219,53 @@ def test_a_request_longer_than_any_worker_holds(
     with LLM(checkpoints["full"], attention=workers(2), partition="tokens", num_pages=6, **SETTINGS) as llm:
         assert tokens_of(llm) == expected["full"]
         assert llm.stats()["pages_total"] == 12
+
+
+SHARDED = [
+    ("full", 3, 3, 1, "heads", "on"),
+    ("windows", 4, 2, 1, "heads", "off"),
+    ("full", 3, 2, 1, "requests", "on"),
+    ("windows", 4, 1, 2, "heads", "on"),
+    ("windows", 4, 2, 1, "tokens", "on"),
+    ("windows", 2, 2, 2, "requests", "off"),
+]
+"""Compute devices, workers, devices of each. Four hold copies of the windowed model's two KV heads."""
+
+
+@pytest.mark.parametrize(
+    ("model", "shards", "count", "devices", "partition", "overlap"),
+    [pytest.param(*case, marks=[] if case == SHARDED[4] else [pytest.mark.slow]) for case in SHARDED],
+)
+def test_a_compute_mesh_of_several_devices(
+    checkpoints: dict[str, str],
+    expected: dict[str, list[list[int]]],
+    workers: Callable[..., str],
+    model: str,
+    shards: int,
+    count: int,
+    devices: int,
+    partition: Any,
+    overlap: Any,
+) -> None:
+    settings = SETTINGS | {"compute_devices": f"cpu:0-{shards - 1}"}
+    attention = workers(count, devices)
+    with LLM(
+        checkpoints[model], attention=attention, partition=partition, overlap=overlap, **settings
+    ) as llm:
+        assert tokens_of(llm) == expected[model]
+
+
+@pytest.mark.slow
+def test_recall_of_the_bundled_model_stays(workers: Callable[..., str]) -> None:
+    """In its own bfloat16: token for token what one process answers, which test_bundled_end_to_end rates."""
+    _, tokenizer = load_plain(find_model("bundled"))
+    prompts = [prompt for prompt, _ in recall_prompts(77, 20, 512, tokenizer)]
+    settings = {"max_model_len": 576, "max_prefill_tokens": 512, "prefill_stall_ms": math.inf}
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+
+    def answers(llm: LLM) -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    expected = answers(LLM("bundled", memory_devices="cpu:1-2", **settings))
+    with LLM("bundled", attention=workers(2), **settings) as llm:
+        assert answers(llm) == expected

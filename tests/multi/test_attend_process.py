@@ -113,7 +113,6 @@ def test_metrics(start: Start) -> None:
     assert "lamina_worker_pages 8.0" in shown
     assert 'lamina_worker_bytes_total{direction="received"} 132.0' in shown
     assert 'lamina_worker_frames_total{direction="sent"} 1.0' in shown
-    assert "lamina_worker_session_answered 1.0" in shown
     assert re.search(r"lamina_worker_memory_free_bytes [1-9]", shown)
 
 

@@ -56,7 +56,6 @@ class EchoSession:
     def __init__(self, spec: WorkerSpec, devices: Sequence[object]) -> None:
         self.spec, self.devices = spec, devices
         self.alive.add(self)
-        self._answered = 0
 
     def jobs(self) -> Iterator[Job]:
         work = {1: self._compile_slowly, 2: self._fail}.get(self.spec.geometry.page_size, lambda: None)
@@ -73,11 +72,7 @@ class EchoSession:
                 hold_the_lock()
             if header.step == 2:
                 self._fail()
-            self._answered += 1
             yield header._replace(kind=Kind.ANSWER), [payload[: header.length]]
-
-    def stats(self) -> dict[str, int]:
-        return {"answered": self._answered}
 
     def _compile_slowly(self) -> None:
         time.sleep(0.5)
