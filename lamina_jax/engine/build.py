@@ -108,12 +108,11 @@ def build_engine(
         wire_dtype=str(storage.dtype) if config.wire_dtype == "auto" else config.wire_dtype,
     )
     weight_bytes = bytes_per_device(jax.tree.leaves(params))
-    fraction = config.memory_fraction
     budget = plan_budget(
         config,
         geometry,
         limits,
-        memory.available(fraction) if memory else available_on(devices, fraction),
+        memory.available() if memory else available_on(devices, config.memory_fraction),
         weight_bytes=weight_bytes,
         compute_devices=len(devices.compute),
     )
@@ -161,7 +160,7 @@ def _memory_side(
     num_kv_heads: int,
 ) -> MemorySide:
     if config.attention is None:
-        return LocalMemory(devices, cached_part)
+        return LocalMemory(devices, config.memory_fraction, cached_part)
     if cached_part is not None:
         raise ConfigError("cached_part runs in this process, and attention names workers elsewhere")
     from lamina_jax.engine.remote_memory import RemoteMemory

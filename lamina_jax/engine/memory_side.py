@@ -82,7 +82,7 @@ class MemorySide(Protocol):
     names: Sequence[str]
     share_silicon: bool
 
-    def available(self, fraction: float | None) -> Available:
+    def available(self) -> Available:
         """Memory for pages, of all workers together."""
         ...
 
@@ -103,20 +103,21 @@ class LocalMemory:
     """Devices of this process, each of them a worker.
 
     Args:
+        fraction: `EngineConfig.memory_fraction`.
         cached_part: what computes attention; None: the platform's kernel.
     """
 
     devices = 1
 
-    def __init__(self, devices: Devices, cached_part: CachedPart | None) -> None:
-        self._devices, self._cached_part = devices, cached_part
+    def __init__(self, devices: Devices, fraction: float | None, cached_part: CachedPart | None) -> None:
+        self._devices, self._fraction, self._cached_part = devices, fraction, cached_part
         self._shards: list[AttentionShard] = []
         self.workers = len(devices.memory)
         self.names: Sequence[str] = [str(device) for device in devices.memory]
         self.share_silicon = devices.share_silicon
 
-    def available(self, fraction: float | None) -> Available:
-        return available_on(self._devices, fraction)
+    def available(self) -> Available:
+        return available_on(self._devices, self._fraction)
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         share = plan.geometry.share(plan.table.workers)

@@ -30,6 +30,9 @@ from lamina_jax.pool.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
+REPORT_SECONDS = 1.0
+"""Between two words on how far a worker is that the engine waits for."""
+
 TRY_SECONDS = 1.5
 """How long one try to get lost workers back waits for them."""
 
@@ -52,7 +55,7 @@ class RemoteMemory:
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
-        self._config = config
+        self._config, self._report = config, report
         self._clients = connect(addresses, config.security, config.worker_wait_seconds, report)
         found = [client.describe() for client in self._clients]
         self.workers = len(addresses)
@@ -67,7 +70,7 @@ class RemoteMemory:
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
         self._memory = min(description.memory_bytes for description in found) * self.workers
 
-    def available(self, fraction: float | None) -> Available:
+    def available(self) -> Available:
         return Available(bytes=self._memory, fraction=1.0, weights=0)
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
@@ -157,7 +160,9 @@ class RemoteMemory:
     def _attach(self) -> None:
         """Wait for all workers and connect the exchange with them; raises the first `WorkerError`."""
         for taking in self._taking:
-            taking.join()
+            while taking.is_alive():
+                taking.join(REPORT_SECONDS)
+                self._report(f"compiling on {taking.client.address}", *taking.compiled)
             if taking.error is not None:
                 raise taking.error
         self._exchange.attach([taking.worker for taking in self._taking])
@@ -182,7 +187,12 @@ def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
 
 
 class _Taking(threading.Thread):
-    """Takes a lease on a worker and opens the data channel to it, while others do what they do."""
+    """Takes a lease on a worker and opens the data channel to it, while others do what they do.
+
+    Attributes:
+        lease, worker: what came of it, unless there is an `error`.
+        compiled: programs of the worker that are ready, and how many there are.
+    """
 
     lease: Lease
     worker: Worker
@@ -191,11 +201,15 @@ class _Taking(threading.Thread):
         super().__init__(name=f"lease {client.address}", daemon=True)
         self.client, self._spec, self._kind, self._timed = client, spec, kind, timed
         self.error: WorkerError | None = None
+        self.compiled = 0, 0
         self.start()
+
+    def _note(self, phase: str, done: int, total: int) -> None:
+        self.compiled = done, total
 
     def run(self) -> None:
         try:
-            self.lease = self.client.lease(self._spec)
+            self.lease = self.client.lease(self._spec, self._note)
             channel = open_channel(self.client, self.lease, self._kind)
             offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
             self.worker = Worker(self.client.address, channel, offset)

@@ -9,6 +9,10 @@ import numpy as np
 
 from lamina_jax.exchange.frames import Header
 
+FRAME_SECONDS = 30.0
+"""What a frame may take from its first byte to its last, on either side; that the other side lives is the
+lease's concern."""
+
 
 class ChannelClosed(ConnectionError):
     """The other side is gone, or this side has closed the channel, or a deadline has passed."""

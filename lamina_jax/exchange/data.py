@@ -8,22 +8,16 @@ import os
 import numpy as np
 
 from lamina_jax.config import address_of
-from lamina_jax.exchange.channel import Channel, ChannelClosed
+from lamina_jax.exchange.channel import FRAME_SECONDS, Channel, ChannelClosed
 from lamina_jax.exchange.control import KEEPALIVE, Lease, WorkerClient, WorkerError
 from lamina_jax.exchange.frames import Header, Kind
-from lamina_jax.exchange.grpc import GrpcChannel, stream_options
+from lamina_jax.exchange.grpc import MOST_BYTES, GrpcChannel, stream_options
 from lamina_jax.exchange.socket import connect
 
 log = logging.getLogger(__name__)
 
-FRAME_SECONDS = 30.0
-"""What a frame may take from its first byte to its last."""
-
 ANSWER_SECONDS = 120.0
 """What a worker may take before an answer begins; that it lives is its lease's concern."""
-
-MOST_BYTES = 1 << 29
-"""Of a frame over gRPC; see also `lamina_jax.worker.server`."""
 
 
 def open_channel(client: WorkerClient, lease: Lease, kind: str) -> Channel:

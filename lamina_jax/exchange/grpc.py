@@ -21,6 +21,9 @@ from lamina_jax.exchange.frames import HEADER_BYTES, Header, ProtocolError, unpa
 
 METHOD = "/lamina_jax.Pool/Exchange"
 
+MOST_BYTES = 1 << 29
+"""No frame of a data stream is larger; what a session has room for is less."""
+
 
 def stream_options(max_bytes: int) -> list[tuple[str, int]]:
     """Options of a `grpc.Channel` or server whose frames have payloads of at most `max_bytes`."""

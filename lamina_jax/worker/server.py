@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from lamina_jax.config import AttendConfig, SecurityConfig, address_of, host_and_port
 from lamina_jax.devices import choose_worker_devices
 from lamina_jax.exchange.control import KEEPALIVE, SERVICE
-from lamina_jax.exchange.grpc import stream_options
+from lamina_jax.exchange.grpc import MOST_BYTES, stream_options
 from lamina_jax.exchange.security import check_address, read_token, server_tls
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
 from lamina_jax.pool.spec import WorkerSpec
@@ -26,13 +26,11 @@ from lamina_jax.worker.service import Facts, PoolService, TokenCheck
 from lamina_jax.worker.sockets import DataListener
 
 MOST_CALLS = 32
-FRAME_BYTES = 1 << 29
-"""No frame of a gRPC data stream is larger; what a session has room for is less."""
 
 _OPTIONS = (
     *KEEPALIVE,
     ("grpc.so_reuseport", 0),  # a port in use is an error
-    *stream_options(FRAME_BYTES),
+    *stream_options(MOST_BYTES),
 )
 
 MakeSession = Callable[[WorkerSpec, Sequence[jax.Device]], Session]

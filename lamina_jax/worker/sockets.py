@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina_jax.exchange.channel import ChannelClosed, Frame, Room
+from lamina_jax.exchange.channel import FRAME_SECONDS, ChannelClosed, Frame, Room
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.exchange.socket import SocketChannel
 from lamina_jax.worker.lease import SESSION_ID_BYTES, Refused
@@ -27,8 +27,6 @@ from lamina_jax.worker.leases import Leases
 log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 5.0
-FRAME_SECONDS = 30.0
-"""What a frame may take from its first byte to its last; that the engine lives is its lease's concern."""
 MOST_CONNECTIONS = 8
 
 
