@@ -347,7 +347,7 @@ Logprobs = dict[int, Logprob]
 
 @dataclass(kw_only=True)
 class CompletionOutput:
-    """One continuation of a prompt. `finish_reason` is None while it is being generated.
+    """One continuation of a prompt, or what is new of it. `finish_reason` is None while it is being generated.
 
     `stop_reason` is the token id or the string that ended it, where one of `stop_token_ids` or `stop` did.
     `logprobs` holds one entry per token where they were asked for.
@@ -360,19 +360,43 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[Logprobs] | None = None
 
+    def extend(self, new: CompletionOutput) -> None:
+        """Add what came after this."""
+        self.text += new.text
+        self.token_ids += new.token_ids
+        if new.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + new.logprobs
+        self.finish_reason, self.stop_reason = new.finish_reason, new.stop_reason
+
 
 @dataclass(kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations so far, in the order of their index (in vLLM's shape).
+    """A prompt and its continuations in the order of their index (in vLLM's shape).
+
+    `LLM.generate` returns whole ones. A step of the engine yields what is new: only those continuations that
+    have grown, each with what was added, and no prompt; `extend` puts them together.
 
     `prompt_logprobs` holds one entry per prompt token where they were asked for; the first is None.
     `error` says why continuations ended with the finish reason "error": the request can be sent again.
     """
 
     request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
+    prompt: str | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
     prompt_logprobs: list[Logprobs | None] | None = None
     error: str | None = None
+
+    def extend(self, new: RequestOutput) -> None:
+        """Add what came after this; its parts may be kept, so nobody else may change them afterwards."""
+        known = {choice.index: choice for choice in self.outputs}
+        for choice in new.outputs:
+            if choice.index in known:
+                known[choice.index].extend(choice)
+            else:
+                self.outputs.append(choice)
+        self.outputs.sort(key=lambda choice: choice.index)
+        if new.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + new.prompt_logprobs
+        self.finished, self.error = new.finished, new.error

@@ -58,23 +58,24 @@ class LLM:
                 back within `WORKER_SECONDS`. It can be called again.
         """
         requests = self._requests(_as_list(prompts), sampling_params)
-        finished: dict[str, RequestOutput] = {}
+        outputs = {request.request_id: _nothing_yet(request) for request in requests}
         try:
             for request in requests:
                 self.engine.submit(request)
-            while len(finished) < len(requests):
+            while not all(output.finished for output in outputs.values()):
                 self._wait_for_worker()
-                outputs = self.engine.step()
-                if outputs and self.engine.lost is not None:  # they have ended with an error
+                news = self.engine.step()
+                if news and self.engine.lost is not None:  # they have ended with an error
                     raise self.engine.lost
-                finished.update((output.request_id, output) for output in outputs if output.finished)
+                for new in news:
+                    outputs[new.request_id].extend(new)
         finally:
-            for request in requests:
-                if request.request_id not in finished:
-                    self.engine.abort(request.request_id)
+            for request_id, output in outputs.items():
+                if not output.finished:
+                    self.engine.abort(request_id)
             while self.engine.has_work and self.engine.lost is None:
                 self.engine.step()
-        return [finished[request.request_id] for request in requests]
+        return list(outputs.values())
 
     def chat(
         self,
@@ -152,6 +153,14 @@ class LLM:
             self.engine.request(f"generate-{next(self._numbers)}", prompt, params)
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
+
+
+def _nothing_yet(request: Request) -> RequestOutput:
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

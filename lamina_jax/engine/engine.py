@@ -118,7 +118,7 @@ class Engine:
         self._choices.update((choice.request.request_id, (live, choice)) for choice in live.choices)
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; its last output, or None if the engine does not hold it."""
+        """End a request now; what is new of it, or None if the engine does not hold it."""
         live = self._live.get(request_id)
         if live is None:
             return None
@@ -147,13 +147,13 @@ class Engine:
         ]
 
     def _end(self, live: PromptOutput, reason: FinishReason) -> RequestOutput:
-        """End all of a request that has not ended; its last output."""
+        """End all of a request that has not ended; what is new of it."""
         for choice in live.choices:
             if not choice.finished:
                 self.scheduler.abort(choice.request.request_id)
                 choice.end(reason)
         self._forget(live)
-        return live.output()
+        return live.news()
 
     def _forget(self, live: PromptOutput) -> None:
         del self._live[live.request.request_id]
@@ -180,7 +180,7 @@ class Engine:
         return CHECK_SECONDS if self._recoverable is not None else None
 
     def step(self) -> list[RequestOutput]:
-        """Dispatch the next step, read the one before; the outputs that have changed.
+        """Dispatch the next step, read the one before; what is new of the outputs that have changed.
 
         Where an attention worker is lost, every request that had begun ends with an error, and those that
         wait keep their places. While `lost`, a step is a try to get the worker back, once `pause` is over.
@@ -234,7 +234,7 @@ class Engine:
         for event in self.scheduler.update(done, [result.tokens for result in results]):
             live = self._take(event, done.microbatches[event.microbatch], results[event.microbatch])
             changed[live.request.request_id] = live
-        outputs = [live.output() for live in changed.values()]
+        outputs = [live.news() for live in changed.values()]
         for live in changed.values():
             if live.finished:
                 self._forget(live)

@@ -25,61 +25,75 @@ from lamina_jax.weights.tokenizer import Detokenizer, Tokenizer
 class Choice:
     """One continuation as it grows.
 
-    Attributes:
+    Args:
         request: what the scheduler holds for it.
-        output: the continuation so far.
+
+    Attributes:
+        finished: no more tokens come.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self.request = request
-        sampling = request.sampling
-        self.output = CompletionOutput(
-            index=request.choice, logprobs=None if sampling.logprobs is None else []
-        )
-        self._tokenizer = tokenizer
+        self.request, self.finished = request, False
         self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None
-        self._stops = StopStrings(sampling.stop)
-        self._text, self._searched = "", 0
-
-    @property
-    def finished(self) -> bool:
-        return self.output.finish_reason is not None
+        self._stops = StopStrings(request.sampling.stop)
+        self._text, self._searched, self._shown, self._tokens = "", 0, 0, 0
+        self._new: CompletionOutput | None = None
 
     def take(self, token: int, reason: FinishReason | None, logprobs: Logprobs | None) -> None:
         """Add a token. One that ends the text is kept among the ids, not in the text.
 
         A stop string ends the continuation here, before the scheduler knows: see `finished`.
         """
-        output, sampling = self.output, self.request.sampling
-        output.token_ids.append(token)
-        if output.logprobs is not None and logprobs is not None:
-            output.logprobs.append(logprobs)
+        new, sampling = self._news(), self.request.sampling
+        new.token_ids.append(token)
+        self._tokens += 1
+        if new.logprobs is not None and logprobs is not None:
+            new.logprobs.append(logprobs)
         if reason == "stop":
-            output.stop_reason = token if token in sampling.stop_token_ids else None
+            new.stop_reason = token if token in sampling.stop_token_ids else None
         elif self._detokenizer is not None:
             self._text += self._detokenizer.push(token)
         if reason is not None:
             self.end(reason)
         elif not self._stopped():
             self._searched = len(self._text)
-            output.text = self._stops.shown(self._text)
+            self._show(self._stops.shown(self._text))
 
     def end(self, reason: FinishReason) -> None:
         """No more tokens come; what was held back of the text is shown, unless a stop string is in it."""
         if self._detokenizer is not None:
             self._text += self._detokenizer.flush()
         if reason != "length" or not self._stopped():
-            self.output.text, self.output.finish_reason = self._text, reason
+            self._show(self._text)
+            self._news().finish_reason, self.finished = reason, True
+
+    def news(self) -> CompletionOutput | None:
+        """What is new since this was last asked; None if nothing is."""
+        new, self._new = self._new, None
+        return new
+
+    def _news(self) -> CompletionOutput:
+        if self._new is None:
+            logprobs: list[Logprobs] | None = None if self.request.sampling.logprobs is None else []
+            self._new = CompletionOutput(index=self.request.choice, logprobs=logprobs)
+        return self._new
+
+    def _show(self, text: str) -> None:
+        """All that may be seen of the text by now."""
+        if len(text) > self._shown:
+            self._news().text += text[self._shown :]
+            self._shown = len(text)
 
     def _stopped(self) -> bool:
         """Whether a stop string is in what is new of the text; then it ends there."""
-        enough = len(self.output.token_ids) > self.request.sampling.min_tokens
+        enough = self._tokens > self.request.sampling.min_tokens
         hit = self._stops.find(self._text, self._searched) if enough else None
         if hit is None:
             return False
         place, stop = hit
-        self.output.text = self._text[:place]
-        self.output.finish_reason, self.output.stop_reason = "stop", stop
+        self._show(self._text[:place])
+        new = self._news()
+        new.finish_reason, new.stop_reason, self.finished = "stop", stop, True
         return True
 
 
@@ -103,35 +117,22 @@ class PromptOutput:
 
     def take_prompt(self, logprobs: Sequence[Logprobs]) -> None:
         """The log-probabilities of the next prompt tokens, of the first choice."""
-        assert self._prompt_logprobs is not None
-        self._prompt_logprobs.extend(logprobs)
+        self._prompt_logprobs = [*(self._prompt_logprobs or []), *logprobs]
 
     @property
     def finished(self) -> bool:
         return all(choice.finished for choice in self.choices)
 
-    def output(self) -> RequestOutput:
-        """All of it so far, as an object of its own."""
+    def news(self) -> RequestOutput:
+        """What is new since this was last asked."""
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         return RequestOutput(
             request_id=self.request.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=list(self.request.prompt_token_ids),
-            outputs=[_copy(choice.output) for choice in self.choices],
+            outputs=[new for choice in self.choices if (new := choice.news())],
             finished=self.finished,
-            prompt_logprobs=None if self._prompt_logprobs is None else list(self._prompt_logprobs),
+            prompt_logprobs=prompt_logprobs,
             error=self.error,
         )
-
-
-def _copy(output: CompletionOutput) -> CompletionOutput:
-    return CompletionOutput(
-        index=output.index,
-        text=output.text,
-        token_ids=list(output.token_ids),
-        finish_reason=output.finish_reason,
-        stop_reason=output.stop_reason,
-        logprobs=None if output.logprobs is None else list(output.logprobs),
-    )
 
 
 def logprobs_at(

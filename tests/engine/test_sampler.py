@@ -45,7 +45,10 @@ def kept(
 
 
 def allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> set:
-    """The reference's token, and those of a uniform or of an edge that is too near to tell apart."""
+    """The reference's token, and all of uniforms and edges that are too near to tell apart.
+
+    Among those are tokens whose probability is nothing in float32 and just something in float64.
+    """
     if temperature == 0:
         return {int(np.argmax(logits))}
     tokens = set()
@@ -53,9 +56,8 @@ def allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float, mi
         ids, p = kept(
             logits, temperature, top_k, min(top_p * edge, 1) if top_p < 1 else 1, min(min_p * edge, 1)
         )
-        for near in (u - 1e-4, u, u + 1e-4):
-            place = np.searchsorted(np.cumsum(p), near, side="right")
-            tokens.add(int(ids[np.clip(place, 0, len(ids) - 1)]))
+        first, last = np.searchsorted(np.cumsum(p), (u - 1e-4, u + 1e-4), side="right")
+        tokens.update(ids[min(first, len(ids) - 1) : last + 1].tolist())
     return tokens
 
 
