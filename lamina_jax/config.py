@@ -157,6 +157,9 @@ class ServerConfig:
         port: the port to listen on; 0 takes any free one and prints it.
         drain_seconds: at SIGTERM or Ctrl-C, how long the running requests may take to end.
         request_seconds: longest time that one request may take, its time in the queue included.
+        api_key_file: a file with one key per line, of which every request must show one, but to /health and
+            /ready; blank lines and lines that begin with # are left out. None asks for no key.
+        log_format: of the log on stderr: "text", or "json" for one object per line.
         insecure: listen on, or connect to, addresses that other machines reach, though not all is in place
             that would make it safe.
     """
@@ -165,6 +168,8 @@ class ServerConfig:
     port: int = 8000
     drain_seconds: float = 30.0
     request_seconds: float = 600.0
+    api_key_file: str | None = None
+    log_format: Literal["text", "json"] = "text"
     insecure: bool = False
 
     def __post_init__(self) -> None:
@@ -174,10 +179,12 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
         if not 0 < self.request_seconds < float("inf"):
             raise ConfigError(f"request_seconds must be a positive number, got {self.request_seconds}")
-        if not (is_loopback(self.host) or self.insecure):
+        _one_of("log_format", self.log_format, ("text", "json"))
+        if not (is_loopback(self.host) or self.api_key_file or self.insecure):
             raise ConfigError(
-                f"host={self.host!r} can be reached from other machines, and there is no API key yet: "
-                "listen on 127.0.0.1, or say --insecure if everyone on that network may use the model"
+                f"host={self.host!r} can be reached from other machines, and no API key is asked for: give "
+                "--api-key-file FILE, listen on 127.0.0.1, or say --insecure if everyone on that network may "
+                "use the model"
             )
 
 

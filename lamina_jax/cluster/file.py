@@ -78,6 +78,8 @@ def _engine(
     if settings.model.startswith("."):
         settings = replace(settings, model=str(table.file.parent / settings.model))
     server = table.part("server").read(ServerConfig, ELSEWHERE, insecure=security.insecure)
+    if server.api_key_file is not None:
+        server = replace(server, api_key_file=str(table.file.parent / server.api_key_file))
     engine = table.read(EngineProcess, settings=settings, server=server)
     _check_host(table, engine, hosts)
     return engine
