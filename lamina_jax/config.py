@@ -14,6 +14,10 @@ class ConfigError(ValueError):
     """A setting that cannot be obeyed; the message names it, its value and what to change."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file, what is wrong and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
     """What engine and attention workers show each other before they talk.

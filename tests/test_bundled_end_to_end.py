@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lamina_jax import LLM, SamplingParams
-from lamina_jax.engine.build import find_model
 from lamina_jax.training.evaluation import evaluate_plain, load_plain
 from lamina_jax.training.recall import recall_prompts
+from lamina_jax.weights.hub import find_model
 
 SEED = 77
 LENGTH, NUM = 512, 100

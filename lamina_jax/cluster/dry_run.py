@@ -23,9 +23,9 @@ def describe(cluster: Cluster) -> str:
     """
     # Only now jax and grpc: a file that is wrong in itself is refused at once.
     from lamina_jax.cluster.forecast import forecast
-    from lamina_jax.engine.build import find_model
     from lamina_jax.exchange.security import check_address
     from lamina_jax.models.hf_config import CheckpointError, read_config
+    from lamina_jax.weights.hub import find_model
 
     for i, worker in enumerate(cluster.workers):
         host = cluster.address(worker)

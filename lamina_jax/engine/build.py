@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,12 +30,12 @@ from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.warmup import measure_prefill
 from lamina_jax.models import ModelConfig, Storage, as_function, build
-from lamina_jax.models.hf_config import CheckpointError, read_config
+from lamina_jax.models.hf_config import read_config
 from lamina_jax.pool.geometry import CacheGeometry, HeadTable, head_table
 from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shard import CachedPart
 from lamina_jax.slicing import Sliced, slice_at_attention
-from lamina_jax.weights.hub import HUB_ID, find_snapshot
+from lamina_jax.weights.hub import find_model
 from lamina_jax.weights.loader import load_model
 from lamina_jax.weights.tokenizer import load_tokenizer
 
@@ -244,19 +242,3 @@ def _storage(config: EngineConfig, shape: ModelConfig, devices: Devices) -> Stor
     dtype = jnp.dtype(shape.dtype if config.dtype == "auto" else config.dtype)
     on_cpu = devices.compute[0].platform == "cpu"
     return Storage(dtype, "in_out" if on_cpu and dtype == jnp.float32 else "out_in")
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: "bundled", a path, or a hub id ("org/name") that has been downloaded.
-
-    Raises:
-        CheckpointError: there is no such folder.
-    """
-    if name == "bundled":
-        return Path(str(resources.files("lamina_jax") / "data" / "bundled"))
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and HUB_ID.fullmatch(name):
-        return find_snapshot(name)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no model folder {name!r}: give a Hugging Face folder, or 'bundled'")
-    return folder

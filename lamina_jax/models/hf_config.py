@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lamina_jax.config import CheckpointError
 from lamina_jax.models.config import Family, ModelConfig
 from lamina_jax.models.hf_rope import read_rope, refuse_partial_rotary
-from lamina_jax.models.hf_section import CheckpointError, Section, read_json_object
+from lamina_jax.models.hf_section import Section, read_json_object
 from lamina_jax.models.hf_windows import read_windows
 
 __all__ = ["DTYPES", "FAMILIES", "CheckpointError", "read_config", "read_json_object"]

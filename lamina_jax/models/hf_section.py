@@ -7,11 +7,9 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lamina_jax.config import CheckpointError
+
 T = TypeVar("T", int, float, bool, str, list, dict)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file, what is wrong and what to do."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

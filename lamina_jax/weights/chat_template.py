@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamina_jax.models.hf_config import CheckpointError
+from lamina_jax.config import CheckpointError
 
 if TYPE_CHECKING:
     import jinja2

@@ -1,19 +1,36 @@
-"""A hub id ("org/name") to the folder where Hugging Face's tools have downloaded it. Nothing is fetched here.
+"""A model's name to its folder: bundled, a path, or where Hugging Face's tools keep a download. No jax here.
 
-Their cache is `models--org--name/` with `refs/main`, which holds a revision, and `snapshots/<revision>/`,
-which is an ordinary model folder.
+Nothing is fetched. Their cache is `models--org--name/` with `refs/main`, which holds a revision, and
+`snapshots/<revision>/`, which is an ordinary model folder.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from importlib import resources
 from pathlib import Path
 
-from lamina_jax.models.hf_config import CheckpointError
+from lamina_jax.config import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 REVISION = re.compile(r"[0-9a-f]{40}")
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: "bundled", a path, or a hub id ("org/name") that has been downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if name == "bundled":
+        return Path(str(resources.files("lamina_jax") / "data" / "bundled"))
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and HUB_ID.fullmatch(name):
+        return find_snapshot(name)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {name!r}: give a Hugging Face folder, or 'bundled'")
+    return folder
 
 
 def find_snapshot(hub_id: str) -> Path:

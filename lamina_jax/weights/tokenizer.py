@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from lamina_jax.models.hf_config import CheckpointError
+from lamina_jax.config import CheckpointError
 from lamina_jax.weights.chat_template import ChatTemplate, load_chat_template
 
 FILE = "tokenizer.json"

@@ -15,7 +15,6 @@ from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
 from lamina_jax.core import StepPlan
-from lamina_jax.engine.build import find_model
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.exchange.frames import HEADER_BYTES
 from lamina_jax.exchange.remote import RemoteExchange
@@ -23,6 +22,7 @@ from lamina_jax.models import ModelConfig
 from lamina_jax.pool.partition import Partition
 from lamina_jax.training.evaluation import load_plain
 from lamina_jax.training.recall import recall_prompts
+from lamina_jax.weights.hub import find_model
 
 WINDOWED = dataclasses.replace(TINY, family="qwen2", num_layers=3, num_kv_heads=2, windows=(24, None, 24))
 MODELS = {"full": dataclasses.replace(TINY, num_layers=2, num_heads=12, num_kv_heads=6), "windows": WINDOWED}

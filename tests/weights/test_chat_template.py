@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_jax.engine.build import find_model
 from lamina_jax.models.hf_config import CheckpointError
 from lamina_jax.weights import jinja_sandbox
 from lamina_jax.weights.chat_template import ChatTemplate, load_chat_template
+from lamina_jax.weights.hub import find_model
 
 PLAIN = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina_jax.engine.build import find_model
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.hub import cache_folder
+from lamina_jax.weights.hub import cache_folder, find_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
