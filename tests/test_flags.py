@@ -77,7 +77,8 @@ def test_server_flags() -> None:
         (["--dtype", "int8"], ["--dtype", "float32", "'int8'"]),
         (["--max-num-seqs", "0"], ["max_num_seqs", "0"]),
         (["--memory-fraction", "2"], ["memory_fraction", "2"]),
-        (["--host", "0.0.0.0"], ["0.0.0.0", "API key", "--insecure"]),
+        (["--log-format", "xml"], ["--log-format", "text, json", "'xml'"]),
+        (["--host", "0.0.0.0"], ["0.0.0.0", "--api-key-file", "--insecure"]),
         (["--host", "::"], ["--insecure"]),
         (["--host", "example.org"], ["--insecure"]),
         (["--host", ""], ["--insecure"]),
@@ -96,3 +97,4 @@ def test_this_machine_alone_needs_no_insecure(host: str) -> None:
     assert ServerConfig(host=host).host == host
     with pytest.raises(ConfigError):
         ServerConfig(host="10.0.0.1")
+    assert ServerConfig(host="10.0.0.1", api_key_file="keys").host == "10.0.0.1"

@@ -147,6 +147,13 @@ def test_security_is_for_all_and_paths_begin_at_the_file(file: Path) -> None:
     assert other.argv[4] == "10.0.0.2:7101"
 
 
+def test_the_key_file_lies_beside_the_cluster_file(file: Path) -> None:
+    cluster = read(
+        file, PLAIN.replace("[[workers]]", '[engine.server]\napi_key_file = "keys"\n[[workers]]', 1)
+    )
+    assert cluster.engine.server.api_key_file == str(file.parent / "keys")
+
+
 def tables() -> list[tuple[str, type, set[str]]]:
     """Each table that is a configuration class: how it begins, and the fields that stand elsewhere."""
     return [
