@@ -1,0 +1,138 @@
+"""`/metrics`: Prometheus can read it, and after known requests it says exactly what happened."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lamina_jax.core import CompletionOutput, FinishReason, RequestOutput
+from lamina_jax.server.call_meter import CallMeter
+from lamina_jax.server.metrics import ServerMetrics
+from lamina_jax.server.request_log import RequestRecord
+
+
+def read(page: bytes) -> dict[str, float]:
+    """The samples of the model "m", by name and any other label."""
+    values = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if sample.name.startswith("lamina:"):
+                assert labels.pop("model_name") == "m"
+                assert family.documentation
+            values[" ".join([sample.name.removeprefix("lamina:"), *labels.values()])] = sample.value
+    return values
+
+
+def news(tokens: int, reason: FinishReason | None = None, *, choice: int = 0) -> RequestOutput:
+    output = CompletionOutput(index=choice, token_ids=[5] * tokens, finish_reason=reason)
+    return RequestOutput(request_id="call-0", outputs=[output])
+
+
+class Clock:
+    """Stands in for the time since a request began."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(RequestRecord, "elapsed", lambda record: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
+    metrics, record = ServerMetrics("m"), RequestRecord(request_id="r")
+    meter = CallMeter(metrics, record, [7], 1)
+    clock.now = 0.05
+    meter.take(0, news(1))
+    clock.now = 0.09
+    meter.take(0, news(2))
+    clock.now = 1.7
+    meter.take(0, news(1, "length"))
+    meter.close(None)
+    values = read(metrics.page())
+    assert values["prompt_tokens_total"] == 7
+    assert values["generation_tokens_total"] == 4
+    assert values["time_to_first_token_seconds_count"] == 1
+    assert values["time_to_first_token_seconds_sum"] == pytest.approx(0.05)
+    assert values["time_to_first_token_seconds_bucket 0.04"] == 0
+    assert values["time_to_first_token_seconds_bucket 0.06"] == 1
+    assert values["inter_token_latency_seconds_count"] == 2
+    assert values["inter_token_latency_seconds_sum"] == pytest.approx(1.65)
+    assert values["e2e_request_latency_seconds_sum"] == pytest.approx(1.7)
+    assert values["request_prompt_tokens_bucket 5.0"] == 0
+    assert values["request_prompt_tokens_bucket 10.0"] == 1
+    assert values["request_generation_tokens_sum"] == 4
+    ended = {
+        reason: values[f"request_success_total {reason}"] for reason in ("stop", "length", "abort", "error")
+    }
+    assert ended == {"stop": 0, "length": 1, "abort": 0, "error": 0}
+    assert (record.prompt_tokens, record.completion_tokens, record.first_token_seconds) == (7, 4, 0.05)
+    assert record.fields()["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(("error", "reason"), [(None, "abort"), ("worker_lost", "error")])
+def test_what_has_not_ended_when_its_call_does(clock: Clock, error: str | None, reason: str) -> None:
+    metrics, record = ServerMetrics("m"), RequestRecord(request_id="r")
+    meter = CallMeter(metrics, record, [3, 4], 2)
+    clock.now = 1.0
+    meter.take(1, news(2, "stop", choice=1))
+    meter.take(0, news(1))
+    meter.close(error)
+    meter.close(error)
+    values = read(metrics.page())
+    assert values[f"request_success_total {reason}"] == 3
+    assert values["request_success_total stop"] == 1
+    assert values["e2e_request_latency_seconds_count"] == 1
+    assert values["prompt_tokens_total"] == 7
+    assert values["generation_tokens_total"] == 3
+    assert record.fields() | {"total_s": 0} == {
+        "request_id": "r",
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "first_token_s": 1.0,
+        "total_s": 0,
+        "finish_reason": f"{reason},stop" if reason < "stop" else f"stop,{reason}",
+        **({} if error is None else {"error": error}),
+    }
+
+
+def test_what_the_engine_says() -> None:
+    metrics = ServerMetrics("m")
+    assert "num_requests_running" not in read(metrics.page())
+    metrics.engine = {
+        "requests_running": 3,
+        "requests_waiting": 2,
+        "pages_free": 6,
+        "pages_used": 2,
+        "pages_total": 8,
+        "steps": 11,
+        "preemptions": 4,
+        "compilations_after_ready": 0,
+        "microbatches": 2,
+        "wire_bytes_per_step": 12.5,
+        "placement": "disaggregated",
+    }
+    metrics.worker_lost = True
+    values = read(metrics.page())
+    expected = {
+        "num_requests_running": 3,
+        "num_requests_waiting": 2,
+        "kv_cache_usage_perc": 0.25,
+        "pages_free": 6,
+        "pages_used": 2,
+        "pages_total": 8,
+        "engine_steps_total": 11,
+        "num_preemptions_total": 4,
+        "compilations_after_ready_total": 0,
+        "microbatches": 2,
+        "wire_bytes_per_step": 12.5,
+        "worker_lost": 1,
+    }
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_the_servers_process_is_told_of() -> None:
+    assert read(ServerMetrics("m").page())["process_resident_memory_bytes"] > 2**20
