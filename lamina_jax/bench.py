@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import bandwidth, decode, exchange, overlap, partition, prefill, sampler
+from lamina_jax.benchmarks import bandwidth, decode, exchange, overlap, partition, prefill, sampler, serve
 
 BENCHMARKS = {
     "bandwidth": bandwidth,
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "partition": partition,
     "prefill": prefill,
     "sampler": sampler,
+    "serve": serve,
 }
 
 
