@@ -68,7 +68,8 @@ class LLM:
                 if news and self.engine.lost is not None:  # they have ended with an error
                     raise self.engine.lost
                 for new in news:
-                    outputs[new.request_id].extend(new)
+                    if new.request_id in outputs:  # the engine may hold requests of others, too
+                        outputs[new.request_id].extend(new)
         finally:
             for request_id, output in outputs.items():
                 if not output.finished:

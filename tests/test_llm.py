@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tiny_models import SMALL, TINY, save_random
+from whole_outputs import gather
 
 from lamina_jax import LLM, RequestOutput, SamplingParams
 from lamina_jax.core import Request
@@ -69,19 +70,21 @@ def test_a_prompt_that_cannot_be_served_is_refused_and_nothing_is_lost(
     assert one(llm, [5, 6], max_tokens=4).outputs[0].token_ids == expected
 
 
-def test_an_abort_gives_the_pages_back_and_the_last_output(llm: LLM) -> None:
+def test_an_abort_gives_the_pages_back_and_ends_the_output(llm: LLM) -> None:
     engine = llm.engine
     engine.submit(
         Request(
             request_id="a", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=50, temperature=0)
         )
     )
+    outputs: dict[str, RequestOutput] = {}
     for _ in range(6):
-        engine.step()
-    output = engine.abort("a")
-    assert output is not None
-    assert output.outputs[0].finish_reason == "abort"
-    assert output.outputs[0].token_ids
+        gather(outputs, engine.step())
+    last = engine.abort("a")
+    assert last is not None
+    gather(outputs, [last])
+    assert outputs["a"].outputs[0].finish_reason == "abort"
+    assert outputs["a"].outputs[0].token_ids
     assert engine.abort("a") is None
     while engine.has_work:
         engine.step()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from whole_outputs import gather
 
-from lamina_jax.core import Request, SamplingParams
+from lamina_jax.core import Request, RequestOutput, SamplingParams
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
 from lamina_jax.testing import FakeModel, FakeRunner
@@ -35,13 +36,13 @@ def request(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), **sampli
     return Request(request_id=request_id, prompt_token_ids=prompt, sampling=params)
 
 
-def run(engine: Engine) -> dict[str, Any]:
-    last = {}
+def run(engine: Engine) -> dict[str, RequestOutput]:
+    outputs: dict[str, RequestOutput] = {}
     while engine.has_work:
-        last.update((output.request_id, output) for output in engine.step())
+        gather(outputs, engine.step())
     engine.scheduler.check_idle()
     assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
-    return last
+    return outputs
 
 
 def test_a_prompt_has_as_many_continuations_as_it_asks_for(engine: Engine) -> None:
@@ -57,11 +58,17 @@ def test_a_prompt_has_as_many_continuations_as_it_asks_for(engine: Engine) -> No
 
 def test_an_abort_ends_every_continuation(engine: Engine) -> None:
     engine.submit(request(n=3))
+    outputs: dict[str, RequestOutput] = {}
     for _ in range(3):
-        engine.step()
-    output = engine.abort("r")
-    assert output is not None
-    assert [choice.finish_reason for choice in output.outputs] == ["abort"] * 3
+        gather(outputs, engine.step())
+    told = [len(choice.token_ids) for choice in outputs["r"].outputs]
+    last = engine.abort("r")
+    assert last is not None
+    assert [(choice.finish_reason, choice.token_ids) for choice in last.outputs] == [("abort", [])] * 3
+    gather(outputs, [last])
+    assert outputs["r"].finished
+    alone = MODEL.generate((1, 2, 3), 5)
+    assert [choice.token_ids for choice in outputs["r"].outputs] == [alone[:count] for count in told]
     assert engine.abort("r") is None
     assert run(engine) == {}
     engine.submit(request())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import SMALL, TINY, save_random
+from whole_outputs import gather
 
 from lamina_jax import LLM, SamplingParams
 from lamina_jax.core import RequestOutput
@@ -85,7 +86,7 @@ def test_arrivals_at_random_change_nothing(
         if waiting and rng.random() < 0.4:
             case = int(waiting.pop())
             engine.submit(engine.request(str(case), *cases[case]))
-        outputs.update((output.request_id, output) for output in engine.step())
+        gather(outputs, engine.step())
     for case, expected in enumerate(alone):
         output = outputs[str(case)]
         for mine, theirs in zip(output.outputs, expected.outputs, strict=True):

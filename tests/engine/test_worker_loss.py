@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losable_runner import WORKER, LosableRunner
+from whole_outputs import gather
 
 from lamina_jax import LLM
 from lamina_jax.core import Request, RequestOutput, SamplingParams, WorkerLost
@@ -58,21 +59,24 @@ def engine(runner: LosableRunner) -> Engine:
     return engine_over(runner)
 
 
-def request(request_id: str, prompt: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Request:
+PROMPT = (1, 2, 3)
+
+
+def request(request_id: str, prompt: tuple[int, ...] = PROMPT, **sampling: Any) -> Request:
     params = SamplingParams(**({"max_tokens": 8, "temperature": 0} | sampling))
     return Request(request_id=request_id, prompt_token_ids=prompt, sampling=params)
 
 
 def steps_until(engine: Engine, condition: Callable[[], bool]) -> dict[str, RequestOutput]:
-    """The outputs that have finished on the way, each of them once."""
+    """The outputs that have finished on the way, in that order, put together from what was told here."""
+    told: dict[str, RequestOutput] = {}
     finished: dict[str, RequestOutput] = {}
     for _ in range(1000):
         if condition():
             return finished
-        for output in engine.step():
-            if output.finished:
-                assert output.request_id not in finished
-                finished[output.request_id] = output
+        news = engine.step()
+        gather(told, news)
+        finished.update((new.request_id, told[new.request_id]) for new in news if new.finished)
     raise AssertionError("it does not come to an end")
 
 
@@ -85,10 +89,11 @@ def assert_all_pages_free(engine: Engine) -> None:
     engine.scheduler.check_idle()
 
 
-def assert_served(output: RequestOutput) -> None:
+def assert_served(output: RequestOutput, prompt: Sequence[int] = PROMPT, max_tokens: int = 8) -> None:
     assert output.error is None
-    prompt, tokens = output.prompt_token_ids, [choice.token_ids for choice in output.outputs]
-    assert tokens == [MODEL.generate(prompt, len(tokens[0]))] * len(tokens)
+    assert output.outputs
+    for choice in output.outputs:
+        assert choice.token_ids == MODEL.generate(prompt, max_tokens)
 
 
 def assert_ended_by_the_loss(output: RequestOutput) -> None:
@@ -121,8 +126,8 @@ def test_what_ran_ends_and_what_waits_is_served_later(
     served = steps_until(engine, lambda: idle(engine))
     assert runner.tries == tries
     assert list(served) == names[began:]
-    for output in served.values():
-        assert_served(output)
+    for name, output in served.items():
+        assert_served(output, (int(name[1:]), 7))
     assert_all_pages_free(engine)
 
 
@@ -212,38 +217,36 @@ ACTIONS = st.lists(
 def test_every_request_ends_once_and_every_page_comes_back(actions: list[tuple[Any, ...]]) -> None:
     runner = LosableRunner(make_runner)
     engine = engine_over(runner)
-    ended: dict[str, RequestOutput] = {}
-    submitted: list[str] = []
-
-    def take(outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            assert output.request_id in submitted
-            assert output.request_id not in ended
-            if output.finished:
-                ended[output.request_id] = output
+    outputs: dict[str, RequestOutput] = {}
+    submitted: dict[str, Request] = {}
 
     for action in actions:
         match action:
             case "submit", prompt, max_tokens, n:
-                submitted.append(f"r{len(submitted)}")
-                engine.submit(request(submitted[-1], tuple(prompt), max_tokens=max_tokens, n=n))
+                new = request(f"r{len(submitted)}", tuple(prompt), max_tokens=max_tokens, n=n)
+                submitted[new.request_id] = new
+                engine.submit(new)
             case "step", count:
                 for _ in range(count):
-                    take(engine.step())
+                    gather(outputs, engine.step())
             case "abort", index if index < len(submitted):
-                if (output := engine.abort(submitted[index])) is not None:
-                    take([output])
+                if (last := engine.abort(f"r{index}")) is not None:
+                    gather(outputs, [last])
             case "kill", at, tries if engine.lost is None:
                 runner.kill(at, tries=tries)
     runner.revive()
-    for output in steps_until(engine, lambda: idle(engine)).values():
-        take([output])
-    assert ended.keys() == set(submitted)
-    for output in ended.values():
+    for _ in range(1000):
+        if idle(engine):
+            break
+        gather(outputs, engine.step())
+    assert outputs.keys() == submitted.keys()
+    assert all(output.finished for output in outputs.values())
+    for name, output in outputs.items():
+        prompt, max_tokens = submitted[name].prompt_token_ids, submitted[name].sampling.max_tokens
         if output.error is not None:
             assert_ended_by_the_loss(output)
         elif output.outputs[0].finish_reason == "length":
-            assert_served(output)
+            assert_served(output, prompt, max_tokens)
     assert_all_pages_free(engine)
 
 
@@ -289,13 +292,13 @@ def test_generate_raises_and_then_works_again(llm: LLM, runner: LosableRunner, a
     assert not llm.engine.has_work
     assert_all_pages_free(llm.engine)
     for output in llm.generate([[1], [2]], GREEDY):
-        assert_served(output)
+        assert_served(output, output.prompt_token_ids, 5)
 
 
 def test_generate_waits_for_a_worker_that_was_lost_before(llm: LLM, runner: LosableRunner) -> None:
     runner.kill("check", tries=4)
     (output,) = llm.generate([1], GREEDY)
-    assert_served(output)
+    assert_served(output, [1], 5)
     assert runner.tries == 4
 
 
@@ -310,4 +313,4 @@ def test_generate_does_not_wait_for_ever(
         llm.generate([1], GREEDY)
     assert llm.engine.scheduler.num_waiting == 1
     runner.revive()
-    assert_served(llm.generate([1], GREEDY)[0])
+    assert_served(llm.generate([1], GREEDY)[0], [1], 5)
