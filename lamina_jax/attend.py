@@ -44,9 +44,11 @@ def parse(argv: Sequence[str] | None) -> tuple[AttendConfig, SecurityConfig]:
 
 def run(config: AttendConfig, security: SecurityConfig, make_session: MakeSession) -> int:
     """Be a worker until a signal comes; the exit code. The first signal drains, the second ends at once."""
+    from lamina_jax.compilation_cache import keep_programs
     from lamina_jax.worker.server import ListenError, WorkerServer
 
     configure_logging()
+    keep_programs(config.compilation_cache)
     try:
         server = WorkerServer(config, security, make_session)
     except (ConfigError, ListenError) as error:

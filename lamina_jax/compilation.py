@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+log = logging.getLogger(__name__)
 
 Job = tuple[str, Callable[[], None]]
 """A program to be compiled: its name, and the call that compiles it."""
@@ -43,8 +47,24 @@ class Compilation:
         return self.compiled(*args)
 
 
-def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None:
+class Compiled(NamedTuple):
+    """What compiling took: programs, those of them that the persistent cache had, and seconds."""
+
+    programs: int
+    from_cache: int
+    seconds: float
+
+    def __str__(self) -> str:
+        new = self.programs - self.from_cache
+        return (
+            f"compiled {self.programs} programs: {self.from_cache} from the cache, {new} new, "
+            f"in {self.seconds:.1f} s"
+        )
+
+
+def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> Compiled:
     """Compile in as many threads as this process has cores; `report(done, total)` after each program."""
+    started, counter = time.monotonic(), CompilationCounter()
     waiting = list(jobs)
     report(0, len(waiting))
     pool = ThreadPoolExecutor(num_cores())
@@ -56,6 +76,9 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> None
     finally:
         # After an error, programs that are being compiled are not waited for: each can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
+    compiled = Compiled(counter.count, counter.from_cache, time.monotonic() - started)
+    log.info("%s", compiled)
+    return compiled
 
 
 def num_cores() -> int:
@@ -65,19 +88,33 @@ def num_cores() -> int:
 
 
 class CompilationCounter:
-    """Counts the compilations of this process from when it is made, as long as it is held."""
+    """Counts the programs that this process asks XLA for, from when it is made, as long as it is held.
+
+    Attributes:
+        count: programs, compiled or found in the persistent cache.
+        from_cache: of them, those that were found.
+    """
 
     def __init__(self) -> None:
-        events: list[str] = []
+        asked, found = self._asked, self._found = [], []
 
-        def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        def listen_to_durations(event: str, duration_secs: float, **_: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                events.append(event)
+                asked.append(event)
 
-        self._events = events
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, listen)
+        def listen(event: str, **_: str | int) -> None:
+            if event == "/jax/compilation_cache/cache_hits":
+                found.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen_to_durations)
+        jax.monitoring.register_event_listener(listen)
+        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, listen_to_durations)
+        weakref.finalize(self, jax.monitoring.unregister_event_listener, listen)
 
     @property
     def count(self) -> int:
-        return len(self._events)
+        return len(self._asked)
+
+    @property
+    def from_cache(self) -> int:
+        return len(self._found)

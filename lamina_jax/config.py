@@ -76,6 +76,8 @@ class EngineConfig:
         timings: keep the times of the last steps over workers, layer by layer, and sum them up in the
             statistics.
         trace: a file that gets the last steps as a Chrome trace when the engine ends.
+        compilation_cache: a folder that keeps compiled programs for the next start, or "off"; None takes
+            $JAX_COMPILATION_CACHE_DIR, else lamina_jax/xla in $XDG_CACHE_HOME or ~/.cache.
         security: of the connections to workers.
     """
 
@@ -101,6 +103,7 @@ class EngineConfig:
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     timings: bool = False
     trace: str | None = None
+    compilation_cache: str | None = None
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -204,6 +207,8 @@ class AttendConfig:
         data_port: of the socket listener, on the same host; 0 takes any free one, and engines are told.
         metrics_port: of Prometheus' page, /metrics, on 127.0.0.1; None offers none.
         drain_seconds: at SIGTERM or Ctrl-C, how long the engine that holds the worker may take to leave.
+        compilation_cache: a folder that keeps compiled programs for the next start, or "off"; None takes
+            $JAX_COMPILATION_CACHE_DIR, else lamina_jax/xla in $XDG_CACHE_HOME or ~/.cache.
     """
 
     listen: str = "127.0.0.1:7101"
@@ -212,6 +217,7 @@ class AttendConfig:
     data_port: int = 0
     metrics_port: int | None = None
     drain_seconds: float = 30.0
+    compilation_cache: str | None = None
 
     def __post_init__(self) -> None:
         host_and_port("listen", self.listen)

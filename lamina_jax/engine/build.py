@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.compilation import CompilationCounter, Job, compile_all
+from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices, choose_devices
 from lamina_jax.engine.buckets import SMALLEST_BATCH
@@ -61,6 +62,7 @@ def build_engine(
         ConfigError: a setting that cannot be obeyed.
         CheckpointError: a folder that cannot be loaded; raised before anything is.
     """
+    keep_programs(config.compilation_cache)
     folder = find_model(config.model)
     shape = read_config(folder)
     disaggregated = config.placement == "disaggregated"
@@ -125,7 +127,7 @@ def build_engine(
     else:
         runner, jobs = collocated = _collocated(sliced, params, geometry, mesh, limits, sampler)
         page_devices = _devices_of(collocated[0].pages)
-    compile_all(jobs, lambda done, total: report("compiling", done, total))
+    compiled = compile_all(jobs, lambda done, total: report("compiling", done, total))
     scheduling = limits.scheduler(budget.num_pages, shape.vocab_size)
     if config.prefill_stall_ms < float("inf"):
         report("measuring prefill", 0, 0)
@@ -142,6 +144,7 @@ def build_engine(
             "microbatches": limits.microbatches,
             "overlap": limits.overlap,
             "max_model_len": limits.max_model_len,
+            "compiled": compiled._asdict(),
             "weight_bytes_per_device": weight_bytes,
             "weight_devices": _devices_of(jax.tree.leaves(params)),
             "page_devices": page_devices,
