@@ -28,8 +28,15 @@ class WorkerLost(RuntimeError):
         self.worker, self.reason = worker, reason
 
 
+class QueueFull(RuntimeError):
+    """So many requests wait that no more are taken; the message says how many, and what to do."""
+
+
 MAX_LOGPROBS = 20
 """Most alternatives that are told beside a token."""
+
+MOST_INTEGER = 2**63 - 1
+"""Of a setting without a bound of its own: what fits a message."""
 
 MAX_LOGIT_BIAS = 300
 """Most entries of `SamplingParams.logit_bias`."""
@@ -142,11 +149,11 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
+def _integer(name: str, value: object, least: int, most: int = MOST_INTEGER) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"in {least} .. {most}"
+    if not least <= value <= most:
+        bounds = f"at least {least}" if most == MOST_INTEGER > value else f"in {least} .. {most}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
