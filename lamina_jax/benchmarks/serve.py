@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,7 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[Target, int | None]]:
         return Target(url=url, model=name, **common), served.get("max_model_len")
 
     if args.url is None:
+        print("starting a server", file=sys.stderr)
         with serving(args.model or "bundled", args.server_flags) as server:
             yield target(server.url)
     elif args.server_flags:

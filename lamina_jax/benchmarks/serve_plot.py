@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 
 from lamina_jax.benchmarks.latencies import Record
 
-BINS = 40
+BINS = 50
+"""Of time."""
+
+PERCENTILES = {50: "tab:green", 90: "tab:orange", 99: "tab:red"}
+LEAST_MS = 0.1
+"""Events that a client reads together lie closer, and are not to stretch the axis."""
 
 
 def draw(records: Sequence[Record], seconds: float, file: Path) -> None:
@@ -23,32 +28,34 @@ def draw(records: Sequence[Record], seconds: float, file: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lamina"})
     figure = Figure(figsize=(10, 6), layout="constrained")
     spaces = figure.subplot_mosaic([["ttft", "itl"], ["time", "time"]])
-    _distribution(spaces["ttft"], 1e3 * np.array([record.arrivals[0] for record in ok]))
-    spaces["ttft"].set(xlabel="time to first token, ms", ylabel="requests")
-    _distribution(spaces["itl"], 1e3 * np.array([gap for record in ok for gap in record.gaps]))
-    spaces["itl"].set(xlabel="inter-token gap, ms", ylabel="gaps")
+    ttft = 1e3 * np.array([record.arrivals[0] for record in ok])
+    _distribution(spaces["ttft"], ttft, "time to first token", "requests")
+    gaps = 1e3 * np.array([gap for record in ok for gap in record.gaps])
+    _distribution(spaces["itl"], gaps, "inter-token gap", "gaps")
     _over_time(spaces["time"], ok, seconds)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def _distribution(axes: Axes, milliseconds: np.ndarray) -> None:
-    """A histogram over a logarithmic scale, with its median and its 99th percentile."""
+def _distribution(axes: Axes, milliseconds: np.ndarray, what: str, of: str) -> None:
+    """The share that is at most so long, with three percentiles; times on a logarithmic scale."""
+    axes.set(xlabel=f"{what}, ms", ylabel=f"share of {of}", ylim=(0, 1), xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
     if not len(milliseconds):
         return
-    least = max(milliseconds.min(), 1e-2)
-    most = max(milliseconds.max(), 1.05 * least)
-    axes.hist(milliseconds, np.geomspace(least, most, BINS + 1), color="tab:blue", alpha=0.7)
-    for percent, style in ((50, "-"), (99, "--")):
+    axes.ecdf(milliseconds, color="tab:blue", linewidth=2)
+    axes.set_xlim(left=max(np.percentile(milliseconds, 2) / 2, LEAST_MS))
+    for percent, colour in PERCENTILES.items():
         value = np.percentile(milliseconds, percent)
-        axes.axvline(value, color="black", linestyle=style, linewidth=1, label=f"p{percent}: {value:.3g} ms")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend()
+        axes.plot(
+            value, percent / 100, "o", color=colour, clip_on=False, label=f"p{percent}: {value:,.1f} ms"
+        )
+    axes.legend(loc="best")
 
 
 def _over_time(axes: Axes, records: Sequence[Record], seconds: float) -> None:
     """Output tokens/s, and how many requests have been sent and have not ended."""
-    edges = np.linspace(0, seconds, 2 * BINS + 1)
+    edges = np.linspace(0, seconds, BINS + 1)
     times = [record.sent + arrival for record in records for arrival in record.arrivals]
     tokens = [count for record in records for count in record.counts]
     rate = np.histogram(times, edges, weights=tokens)[0] / np.diff(edges)
@@ -64,4 +71,5 @@ def _over_time(axes: Axes, records: Sequence[Record], seconds: float) -> None:
     running.set(ylabel="requests in the system", ylim=(0, None))
     axes.set_ylim(bottom=0)
     handles = [axes.get_legend_handles_labels(), running.get_legend_handles_labels()]
-    running.legend(*(a + b for a, b in zip(*handles, strict=True)), loc="upper right")
+    labels = (a + b for a, b in zip(*handles, strict=True))
+    running.legend(*labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
