@@ -8,22 +8,18 @@ it is the engine of a cluster file.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
-from lamina_jax.cluster.pin import pin
+from lamina_jax.cluster.pin import check_cores
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
-from lamina_jax.core import WorkerLost
 from lamina_jax.flags import Parser, add_flags, from_flags
+from lamina_jax.server.engine_host import EngineProcess
 from lamina_jax.server.listener import ListenError, listen
-
-if TYPE_CHECKING:
-    from lamina_jax.server.engine_thread import Build, Engine
+from lamina_jax.server.messages import Start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(describe(cluster))
             return 0
-        os.environ.update(cluster.engine.environment)  # before jax reads it
-        pin(cluster.engine.cores)
+        check_cores(cluster.engine.cores)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,16 +47,21 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
     except ListenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    # After the port is bound, since the web server's packages and jax take a while to import.
-    from lamina_jax.server.lifecycle import Server, leave
+    if cluster is None:
+        engine = EngineProcess(Start(engine_config))
+    else:
+        start = Start(engine_config, cluster.engine.cores, str(cluster.file))
+        engine = EngineProcess(start, cluster.engine.environment)
+    # Only now, beside the engine's process, which imports jax: the web server's packages take a while, too.
+    from lamina_jax.server.lifecycle import Server
     from lamina_jax.server.report import configure_logging
+    from lamina_jax.weights.hub import find_model
+    from lamina_jax.weights.tokenizer import load_tokenizer
 
     configure_logging()
-    server = Server(build(engine_config, cluster), engine_config.model, server_config)
-    code = asyncio.run(server.run(listener))
-    if not server.ended_cleanly:
-        leave(code)
-    return code
+    model = engine_config.model
+    server = Server(engine, lambda: load_tokenizer(find_model(model)), model, server_config)
+    return asyncio.run(server.run(listener))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[EngineConfig, ServerConfig]:
@@ -106,26 +106,6 @@ def the_cluster(name: str | None, others: Sequence[str]) -> Cluster:
     if others:
         raise ConfigError(f"--cluster and {' '.join(others)} cannot stand together: write it into {name}")
     return read_cluster(find_cluster_file(name))
-
-
-def build(config: EngineConfig, cluster: Cluster | None = None) -> Build:
-    """How the engine's thread makes its engine; jax is imported there, while the port answers already."""
-
-    def start(report: Callable[[str, int, int], None]) -> Engine:
-        report("importing jax", 0, 0)
-        from lamina_jax.cluster.forecast import check_heads
-        from lamina_jax.engine.build import build_engine, find_model
-        from lamina_jax.models.hf_config import CheckpointError, read_config
-        from lamina_jax.server.engine_thread import StartError
-
-        try:
-            if cluster is not None:
-                check_heads(cluster, read_config(find_model(config.model)))
-            return build_engine(config, report)
-        except (ConfigError, CheckpointError, WorkerLost) as error:
-            raise StartError(str(error)) from None
-
-    return start
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the answer to one request, whole or in chunks, from the outputs of its prompts.
+"""Writes the answer to one request, whole or in chunks, from what is new of its prompts' continuations.
 
 What both endpoints share; how a choice looks is in `completion_answer` and `chat_answer`.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lamina_jax.core import CompletionOutput, Logprob, Logprobs, RequestOutput
+from lamina_jax.server.prompts import Prompt
 from lamina_jax.server.protocol import GenerationRequest
 
 LEAST_LOGPROB = -9999.0
@@ -23,52 +24,38 @@ class Growth:
     """What is new of one choice since it was last told.
 
     Attributes:
-        output: what its prompt has got so far.
+        prompt: that it continues.
+        prompt_logprobs: of that prompt, where they are asked for.
         index: among the choices of the answer.
         first: nothing of the choice was told before.
-        text, token_ids, logprobs: the new ones.
+        new: text, tokens and log-probabilities since then, and how it has ended if it has.
         offset: characters of the tokens that were told before.
-        finish_reason, stop_reason: as they are now.
     """
 
-    output: RequestOutput
+    prompt: Prompt
+    prompt_logprobs: list[Logprobs | None]
     index: int
     first: bool
-    text: str
-    token_ids: list[int]
-    logprobs: list[Logprobs]
+    new: CompletionOutput
     offset: int
-    finish_reason: str | None
-    stop_reason: int | str | None
-
-
-@dataclass(frozen=True)
-class _Told:
-    """How much of a choice has been told."""
-
-    text: int = 0
-    tokens: int = 0
-    offset: int = 0
-    ended: bool = False
 
 
 class Answer(ABC):
-    """The answer to one request, as its outputs come.
-
-    Outputs are whole continuations so far; a chunk says what is new in them.
+    """The answer to one request, as its outputs come. What may not be shown yet is kept until it may.
 
     Args:
-        echo: for each prompt, the text of each of its tokens, where the request echoes.
+        prompts: of the request, in their order.
     """
 
     OBJECT: ClassVar[str]
     CHUNK: ClassVar[str]
 
-    def __init__(self, call_id: str, request: GenerationRequest, echo: list[list[str]]) -> None:
-        self.request, self.echo = request, echo
+    def __init__(self, call_id: str, request: GenerationRequest, prompts: Sequence[Prompt]) -> None:
+        self.request, self.prompts = request, prompts
         self._facts = {"id": call_id, "created": int(time.time()), "model": request.model}
-        self._outputs: dict[int, RequestOutput] = {}
-        self._told: dict[int, _Told] = {}
+        self._untold = [RequestOutput(request_id=call_id) for _ in prompts]
+        self._offsets: dict[int, int] = {}
+        self._completion_tokens = 0
 
     @abstractmethod
     def choice(self, growth: Growth) -> dict[str, Any]:
@@ -78,21 +65,24 @@ class Answer(ABC):
     def chunk_choice(self, growth: Growth) -> dict[str, Any]:
         """A choice in a chunk."""
 
-    def take(self, prompt: int, output: RequestOutput) -> None:
-        """What prompt number `prompt` has got so far."""
-        self._outputs[prompt] = output
+    def take(self, prompt: int, news: RequestOutput) -> None:
+        """What is new of prompt number `prompt`."""
+        if self.request.max_tokens == 0:
+            news.outputs = [_nothing(choice) for choice in news.outputs]
+        self._completion_tokens += sum(len(choice.token_ids) for choice in news.outputs)
+        self._untold[prompt].extend(news)
 
     def whole(self) -> dict[str, Any]:
         """The answer that is not streamed."""
-        outputs = sorted(self._outputs.items())
-        choices = [self.choice(growth) for prompt, output in outputs for growth in self._grow(prompt, output)]
+        grown = (growth for prompt in range(len(self.prompts)) for growth in self._grow(prompt))
+        choices = [self.choice(growth) for growth in grown]
         return {**self._facts, "object": self.OBJECT, "choices": choices, "usage": self.usage()}
 
-    def chunks(self, prompt: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def chunks(self, prompt: int, news: RequestOutput) -> Iterator[dict[str, Any]]:
         """A chunk for every choice of the prompt of which there is something new to see."""
-        self.take(prompt, output)
+        self.take(prompt, news)
         options = self.request.stream_options
-        for growth in () if self._awaits_prompt(output) else self._grow(prompt, output):
+        for growth in self._grow(prompt):
             chunk = {**self._facts, "object": self.CHUNK, "choices": [self.chunk_choice(growth)]}
             if options is not None and (options.continuous_usage_stats or options.include_usage):
                 chunk["usage"] = self.usage() if options.continuous_usage_stats else None
@@ -106,66 +96,63 @@ class Answer(ABC):
         return {**self._facts, "object": self.CHUNK, "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        """Tokens of all prompts and choices so far."""
-        outputs = self._outputs.values()
-        prompt = sum(len(output.prompt_token_ids) for output in outputs)
-        told = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
-        completion = 0 if self.request.max_tokens == 0 else told
+        """Tokens of all prompts, and of all choices so far."""
+        prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt + self._completion_tokens,
         }
 
     def extras(self, growth: Growth) -> dict[str, Any]:
         """What a choice says beyond OpenAI's fields, where it is asked for."""
         extras: dict[str, Any] = {}
         if self.request.return_token_ids:
-            extras["token_ids"] = growth.token_ids
+            extras["token_ids"] = growth.new.token_ids
         if self.request.prompt_logprobs is not None and growth.first:
             extras["prompt_logprobs"] = [
                 known
                 and {
                     str(token): entry._asdict() | {"logprob": finite(entry)} for token, entry in known.items()
                 }
-                for known in growth.output.prompt_logprobs or []
+                for known in growth.prompt_logprobs
             ]
         return extras
 
-    def _grow(self, prompt: int, output: RequestOutput) -> Iterator[Growth]:
+    def _grow(self, prompt: int) -> Iterator[Growth]:
         """Of each choice what there is to see and was not told yet. A choice begins with its first token."""
-        for choice in output.outputs:
+        untold = self._untold[prompt]
+        if self._awaits_prompt(prompt):
+            return
+        shown = [choice for choice in untold.outputs if self._shows(choice)]
+        untold.outputs = [choice for choice in untold.outputs if not self._shows(choice)]
+        for choice in shown:
             index = prompt * (self.request.n or 1) + choice.index
-            growth = self._growth(index, output, choice)
-            if self._shows(growth) and not self._told.get(index, _Told()).ended:
-                offset = growth.offset + _length(growth.token_ids, growth.logprobs)
-                ended = choice.finish_reason is not None
-                self._told[index] = _Told(len(choice.text), len(choice.token_ids), offset, ended)
-                yield growth
+            offset = self._offsets.get(index, 0)
+            yield Growth(
+                prompt=self.prompts[prompt],
+                prompt_logprobs=untold.prompt_logprobs or [],
+                index=index,
+                first=index not in self._offsets,
+                new=choice,
+                offset=offset,
+            )
+            self._offsets[index] = offset + _length(choice)
 
-    def _awaits_prompt(self, output: RequestOutput) -> bool:
+    def _awaits_prompt(self, prompt: int) -> bool:
         """Whether what is to be told of the prompt first is not known yet: choices are computed apart."""
-        request = self.request
-        tells = request.prompt_logprobs is not None or (self.echo and request.told_logprobs is not None)
-        return bool(tells) and len(output.prompt_logprobs or []) < len(output.prompt_token_ids)
+        request, given = self.request, self.prompts[prompt]
+        tells = request.prompt_logprobs is not None or (given.echo and request.told_logprobs is not None)
+        return bool(tells) and len(self._untold[prompt].prompt_logprobs or []) < len(given.token_ids)
 
-    def _growth(self, index: int, output: RequestOutput, choice: CompletionOutput) -> Growth:
-        told, drop = self._told.get(index, _Told()), self.request.max_tokens == 0
-        return Growth(
-            output=output,
-            index=index,
-            first=index not in self._told,
-            text="" if drop else choice.text[told.text :],
-            token_ids=[] if drop else choice.token_ids[told.tokens :],
-            logprobs=[] if drop else (choice.logprobs or [])[told.tokens :],
-            offset=told.offset,
-            finish_reason="length" if drop and choice.finish_reason else choice.finish_reason,
-            stop_reason=None if drop else choice.stop_reason,
-        )
-
-    def _shows(self, growth: Growth) -> bool:
+    def _shows(self, new: CompletionOutput) -> bool:
         tells_tokens = self.request.return_token_ids or self.request.told_logprobs is not None
-        return bool(growth.text or growth.finish_reason or (tells_tokens and growth.token_ids))
+        return bool(new.text or new.finish_reason or (tells_tokens and new.token_ids))
+
+
+def _nothing(choice: CompletionOutput) -> CompletionOutput:
+    """What is told of a choice that was to have no tokens: when it ends."""
+    return CompletionOutput(index=choice.index, finish_reason=choice.finish_reason and "length", logprobs=[])
 
 
 def text_of(token: int, entry: Logprob) -> str:
@@ -173,9 +160,10 @@ def text_of(token: int, entry: Logprob) -> str:
     return f"token_id:{token}" if entry.decoded_token is None else entry.decoded_token
 
 
-def _length(token_ids: Iterable[int], logprobs: Iterable[Logprobs]) -> int:
+def _length(new: CompletionOutput) -> int:
     """Characters of tokens whose log-probabilities are known."""
-    return sum(len(text_of(token, known[token])) for token, known in zip(token_ids, logprobs, strict=False))
+    known = zip(new.token_ids, new.logprobs or [], strict=False)
+    return sum(len(text_of(token, entries[token])) for token, entries in known)
 
 
 def finite(entry: Logprob) -> float:

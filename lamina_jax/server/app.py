@@ -1,11 +1,11 @@
-"""The routes: HTTP in, calls to the service, HTTP out. Knows nothing of threads or engines."""
+"""The routes: HTTP in, calls to the service, HTTP out. Knows nothing of engines."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -20,11 +20,14 @@ from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
 from lamina_jax.server.errors import ApiError, as_api_error
-from lamina_jax.server.messages import Prompt
+from lamina_jax.server.prompts import TextOrIds, encode_prompts
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from lamina_jax.server.service import RETRY_AFTER, Service
 
 MAX_BODY_BYTES = 10 * 2**20
+
+UNREAD_SECONDS = 5.0
+"""What a client gets, after its call's deadline, to read that it is over."""
 
 router = APIRouter()
 
@@ -84,13 +87,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, at once or as server-sent events."""
     service = _service(request)
     _require_model(service, body.model)
-    if service.chat_template is None:
+    template = service.tokenizer.chat_template if service.tokenizer is not None else None
+    if template is None:
         message = f"the model {service.model!r} has no chat template: use /v1/completions"
         raise ApiError(400, message, param="model", code="no_chat_template")
     try:
         # In a thread: a template is a program from whoever made the checkpoint, and may take its time.
         prompt = await asyncio.to_thread(
-            service.chat_template.render,
+            template.render,
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             variables=body.chat_template_kwargs,
@@ -110,7 +114,7 @@ def _require_model(service: Service, name: str) -> None:
 async def _generate(
     request: Request,
     body: GenerationRequest,
-    prompts: list[Prompt],
+    given: list[TextOrIds],
     kind: type[Answer],
     *,
     echo: bool = False,
@@ -118,19 +122,18 @@ async def _generate(
     service = _service(request)
     try:
         sampling = body.sampling(service.require_ready()["max_model_len"])
+        # In a thread: a long text takes its time.
+        prompts = await asyncio.to_thread(
+            encode_prompts, service.tokenizer, given, special_tokens=body.special_tokens, echo=echo
+        )
     except (TypeError, ValueError) as error:
         raise ApiError(400, str(error), param=body.param_of(str(error))) from None
-    call = service.open(
-        body.ID_PREFIX,
-        prompts,
-        sampling,
-        special_tokens=body.special_tokens,
-        echo=echo,
-        param_of=body.param_of,
-    )
+    service.require_ready()  # still
+    call = service.open(body.ID_PREFIX, prompts, sampling, param_of=body.param_of)
+    answer = kind(call.id, body, prompts)
     with ExitStack() as owned:
         owned.callback(service.close, call)
-        answer = kind(call.id, body, await _unless_gone(request, call.accepted()))
+        await _unless_gone(request, call.accepted())
         if not body.stream:
             return JSONResponse(await _unless_gone(request, _whole(call, answer)))
         owned.pop_all()  # from here on the call is the stream's
@@ -138,13 +141,16 @@ async def _generate(
 
 
 async def _whole(call: Call, answer: Answer) -> dict[str, Any]:
-    async for prompt, output in call.outputs():
-        answer.take(prompt, output)
+    for prompt, news in (await call.whole()).items():
+        answer.take(prompt, news)
     return answer.whole()
 
 
 class _EventStream(StreamingResponse):
-    """A call's outputs as server-sent events. However the response ends, the call is closed."""
+    """A call's outputs as server-sent events. However the response ends, the call is closed.
+
+    A client that has stopped reading is left after the call's deadline.
+    """
 
     def __init__(self, service: Service, call: Call, answer: Answer) -> None:
         super().__init__(_events(call, answer), media_type="text/event-stream")
@@ -152,15 +158,17 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self._call.deadline + UNREAD_SECONDS):
+                    await super().__call__(scope, receive, send)
         finally:
             self._service.close(self._call)
 
 
 async def _events(call: Call, answer: Answer) -> AsyncIterator[str]:
     try:
-        async for prompt, output in call.outputs():
-            for chunk in answer.chunks(prompt, output):
+        async for prompt, news in call.news():
+            for chunk in answer.chunks(prompt, news):
                 yield _event(chunk)
     except ApiError as error:
         yield _event(error.body)

@@ -10,7 +10,9 @@ from lamina_jax.server.errors import ApiError
 
 
 class Call:
-    """One HTTP request in the engine. Of each prompt's output only the newest is kept: it is the whole.
+    """One HTTP request in the engine. News is put together until its reader takes it.
+
+    A reader that is slow gets fewer and larger pieces: it costs no more than its whole answer.
 
     Args:
         count: how many prompts it has.
@@ -27,44 +29,47 @@ class Call:
         late: Callable[[], ApiError],
         param_of: Callable[[str], str],
     ) -> None:
-        self.id, self.count, self.param_of = call_id, count, param_of
-        self._deadline, self._late = deadline, late
-        self._echo: list[list[str]] | None = None
+        self.id, self.count, self.deadline, self.param_of = call_id, count, deadline, param_of
+        self._late = late
+        self._accepted = False
         self._unfinished = count
-        self._newest: dict[int, RequestOutput] = {}
+        self._news: dict[int, RequestOutput] = {}
         self._error: ApiError | None = None
         self._changed = asyncio.Event()
 
-    async def accepted(self) -> list[list[str]]:
-        """Wait until the engine has taken every prompt; see `messages.Accepted.echo`.
-
-        Raises:
-            ApiError: it does not take them.
-        """
-        while self._echo is None:
+    async def accepted(self) -> None:
+        """Wait until the engine has taken every prompt. Raises `ApiError` if it does not."""
+        while not self._accepted:
             await self._change()
-        return self._echo
 
-    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index of the prompt, its continuation so far) as they grow, until all have ended.
+    async def news(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index of the prompt, what is new of its continuations) until all have ended.
 
-        A reader that is slow gets fewer and larger steps. Raises `ApiError` if the engine, the server or
-        the time of this call comes to its end first.
+        Raises `ApiError` if the engine, the server or the time of this call comes to its end first.
         """
-        while self._unfinished:
-            if not self._newest:
+        while self._unfinished or self._news:
+            if not self._news:
                 await self._change()
-            newest, self._newest = self._newest, {}
-            for index, output in newest.items():
-                self._unfinished -= output.finished
+            news, self._news = self._news, {}
+            for index, output in news.items():
                 yield index, output
 
-    def accept(self, echo: list[list[str]]) -> None:
-        self._echo = echo
+    async def whole(self) -> dict[int, RequestOutput]:
+        """The continuations of every prompt, by its index, once all have ended; errors as in `news`."""
+        while self._unfinished:
+            await self._change()
+        return self._news
+
+    def accept(self) -> None:
+        self._accepted = True
         self._changed.set()
 
-    def put(self, index: int, output: RequestOutput) -> None:
-        self._newest[index] = output
+    def put(self, index: int, news: RequestOutput) -> None:
+        if index in self._news:
+            self._news[index].extend(news)
+        else:
+            self._news[index] = news
+        self._unfinished -= news.finished
         self._changed.set()
 
     def fail(self, error: ApiError) -> None:
@@ -73,7 +78,7 @@ class Call:
 
     async def _change(self) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 await self._changed.wait()
         except TimeoutError:
             raise self._late() from None

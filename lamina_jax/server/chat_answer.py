@@ -14,20 +14,20 @@ class ChatAnswer(Answer):
     OBJECT, CHUNK = "chat.completion", "chat.completion.chunk"
 
     def choice(self, growth: Growth) -> dict[str, Any]:
-        message = {"role": "assistant", "content": growth.text, "refusal": None}
+        message = {"role": "assistant", "content": growth.new.text, "refusal": None}
         return {"index": growth.index, "message": message, **self._rest(growth)}
 
     def chunk_choice(self, growth: Growth) -> dict[str, Any]:
         delta: dict[str, Any] = {"role": "assistant"} if growth.first else {}
-        if growth.text or growth.first:
-            delta["content"] = growth.text
+        if growth.new.text or growth.first:
+            delta["content"] = growth.new.text
         return {"index": growth.index, "delta": delta, **self._rest(growth)}
 
     def _rest(self, growth: Growth) -> dict[str, Any]:
         return {
             "logprobs": self._logprobs(growth),
-            "finish_reason": growth.finish_reason,
-            "stop_reason": growth.stop_reason,
+            "finish_reason": growth.new.finish_reason,
+            "stop_reason": growth.new.stop_reason,
             **self.extras(growth),
         }
 
@@ -35,7 +35,7 @@ class ChatAnswer(Answer):
         top = self.request.told_logprobs
         if top is None:
             return None
-        tokens = zip(growth.token_ids, growth.logprobs, strict=True)
+        tokens = zip(growth.new.token_ids, growth.new.logprobs or [], strict=True)
         return {"content": [_token(token, known, top) for token, known in tokens], "refusal": None}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lamina_jax.core import Logprobs
 from lamina_jax.server.answer import Answer, Growth, finite, text_of
+from lamina_jax.server.prompts import Prompt
 
 
 class CompletionAnswer(Answer):
@@ -16,40 +17,29 @@ class CompletionAnswer(Answer):
     OBJECT = CHUNK = "text_completion"
 
     def choice(self, growth: Growth) -> dict[str, Any]:
-        echo = self._echo(growth)
+        echoes = bool(growth.prompt.echo) and growth.first
         return {
             "index": growth.index,
-            "text": self._echoed_text(growth, echo) + growth.text,
-            "logprobs": None if self.request.told_logprobs is None else self._logprobs(growth, echo),
-            "finish_reason": growth.finish_reason,
-            "stop_reason": growth.stop_reason,
+            "text": (_text(growth.prompt) if echoes else "") + growth.new.text,
+            "logprobs": None if self.request.told_logprobs is None else _logprobs(growth, echoes),
+            "finish_reason": growth.new.finish_reason,
+            "stop_reason": growth.new.stop_reason,
             **self.extras(growth),
         }
 
     chunk_choice = choice
 
-    def _echo(self, growth: Growth) -> list[str]:
-        """The texts of the prompt's tokens, where they are to be told now."""
-        return self.echo[growth.index // (self.request.n or 1)] if self.echo and growth.first else []
 
-    @staticmethod
-    def _echoed_text(growth: Growth, echo: list[str]) -> str:
-        if not echo:
-            return ""
-        return "".join(echo) if growth.output.prompt is None else growth.output.prompt
+def _text(prompt: Prompt) -> str:
+    return "".join(prompt.echo) if prompt.text is None else prompt.text
 
-    def _logprobs(self, growth: Growth, echo: list[str]) -> dict[str, Any]:
-        token_ids, known = growth.token_ids, growth.logprobs
-        texts = [text_of(token, entry[token]) for token, entry in zip(token_ids, known, strict=True)]
-        start = growth.offset + (0 if growth.first else self._prompt_length(growth))
-        if echo:
-            of_prompt = growth.output.prompt_logprobs or []
-            ids = growth.output.prompt_token_ids
-            return _table(ids + token_ids, echo + texts, [*of_prompt, *known], 0)
-        return _table(token_ids, texts, known, start)
 
-    def _prompt_length(self, growth: Growth) -> int:
-        return sum(map(len, self.echo[growth.index // (self.request.n or 1)])) if self.echo else 0
+def _logprobs(growth: Growth, echoes: bool) -> dict[str, Any]:
+    prompt, ids, known = growth.prompt, growth.new.token_ids, growth.new.logprobs or []
+    texts = [text_of(token, entry[token]) for token, entry in zip(ids, known, strict=True)]
+    if echoes:
+        return _table(prompt.token_ids + ids, prompt.echo + texts, [*growth.prompt_logprobs, *known], 0)
+    return _table(ids, texts, known, growth.offset + sum(map(len, prompt.echo)))
 
 
 def _table(

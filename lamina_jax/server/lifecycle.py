@@ -1,39 +1,46 @@
 """A server's life: it starts, says how far it is, serves, drains and ends with an exit code.
 
-It puts the web server, the service and the engine's thread together. Nothing in it waits without an end.
+It puts the web server, the service and the link to the engine together. Nothing in it waits without an end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from rich.console import Console
 
-from lamina_jax.config import ServerConfig
+from lamina_jax.cluster.together import SAME_SIGNAL_SECONDS
+from lamina_jax.config import CheckpointError, ServerConfig
 from lamina_jax.server.app import create_app
-from lamina_jax.server.engine_thread import Build, EngineThread
+from lamina_jax.server.engine_host import SERVERS_SIGNALS, EngineHost
+from lamina_jax.server.engine_link import EngineLink
 from lamina_jax.server.listener import url
 from lamina_jax.server.messages import Died, Event, Lost, Progress, Ready, Recovered
 from lamina_jax.server.report import StartReport
 from lamina_jax.server.service import Service
+from lamina_jax.weights.tokenizer import Tokenizer
 
 GOODBYE_SECONDS = 2
 """What the last answers get to reach their clients."""
 
-JOIN_SECONDS = 0.3
-"""What the engine's thread gets to end after it was told to."""
+FAILED_SECONDS = 1.0
+"""For which a server whose engine has died says so on `/ready`."""
+
+ENGINE_SECONDS = 5.0
+"""What an engine gets to give back what it holds, before it is killed."""
+
+log = logging.getLogger(__name__)
 
 
 class _WebServer(uvicorn.Server):
-    """uvicorn, which leaves the signals alone: the engine has to hear of them first."""
+    """uvicorn, which leaves the signals alone: calls end before it does."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,15 +51,18 @@ class Server:
     """One model behind one listener.
 
     Args:
-        build: makes the engine; see `engine_thread`.
+        host: where the engine runs, which has been started.
+        tokenizer: loads the checkpoint's; called in a thread.
         model: the name under which it is served.
         config: the host and port are the listener's by now.
     """
 
-    def __init__(self, build: Build, model: str, config: ServerConfig) -> None:
-        self._config = config
-        self._engine = EngineThread(build, self._emit)
-        self._service = Service(model, self._engine.send, request_seconds=config.request_seconds)
+    def __init__(
+        self, host: EngineHost, tokenizer: Callable[[], Tokenizer | None], model: str, config: ServerConfig
+    ) -> None:
+        self._config, self._load_tokenizer = config, tokenizer
+        self._link = EngineLink(host)
+        self._service = Service(model, self._link.send, request_seconds=config.request_seconds)
         self._report = StartReport(Console(stderr=True))
         self._over = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -62,6 +72,7 @@ class Server:
         """Serve until a signal comes or the engine dies; the exit code. Call it once."""
         self._loop, self._url = asyncio.get_running_loop(), url(listener)
         self._report.line(f"listening on {self._url}, loading {self._service.model}")
+        await self._link.open()
         web = _WebServer(
             uvicorn.Config(
                 create_app(self._service),
@@ -73,51 +84,74 @@ class Server:
             )
         )
         self._take_signals()
-        self._engine.start()
+        following = asyncio.create_task(self._follow())
         serving = asyncio.create_task(web.serve(sockets=[listener]))
         serving.add_done_callback(lambda _: self._over.set())
         await self._over.wait()
         self._report.close()
-        await self._service.drain(self._config.drain_seconds)
+        await self._drain()
         web.should_exit = True
         await serving
-        self._engine.stop()
+        following.cancel()
+        ready = self._service.facts is not None and self._service.error is None
+        await self._link.close(ENGINE_SECONDS if ready else 0.0)
         return 0 if self._service.error is None else 1
 
     def stop(self) -> None:
-        """Drain and end; from any thread. The second time: end at once."""
-        if self._over.is_set():
-            leave(1)
-        self._report.line("ending; a second signal ends at once")
-        self._loop.call_soon_threadsafe(self._over.set)
+        """Drain and end; from any thread."""
+        if not self._over.is_set():
+            self._report.line("ending; a second signal ends at once")
+            self._loop.call_soon_threadsafe(self._over.set)
 
     @property
     def ending(self) -> bool:
         """Whether it was told to stop, or its engine has died."""
         return self._over.is_set()
 
-    @property
-    def ended_cleanly(self) -> bool:
-        """Whether no thread of the engine is left; threads that compile outlive a start that failed."""
-        self._engine.join(JOIN_SECONDS)
-        return self._service.facts is not None and not self._engine.is_alive()
+    async def _drain(self) -> None:
+        if self._service.error is None:
+            await self._service.drain(self._config.drain_seconds)
+            return
+        if self._service.facts is not None:  # whoever asked it for answers may ask what became of it
+            await asyncio.sleep(FAILED_SECONDS)
+        await self._service.drain(GOODBYE_SECONDS)
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(number, self.stop)
+            for number in SERVERS_SIGNALS:
+                self._loop.add_signal_handler(number, self._take_signal)
 
-    def _emit(self, event: Event) -> None:
-        """In the engine's thread. Once the loop has closed there is nobody left to tell."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._take, event)
+    def _take_signal(self) -> None:
+        """The first begins the end. The second is left to the kernel: the engine does not outlive us."""
+        self.stop()
+        self._loop.call_later(SAME_SIGNAL_SECONDS, _default_signals, self._loop)
+
+    async def _follow(self) -> None:
+        """Take what the engine says, until it has died."""
+        loading = asyncio.create_task(self._load())
+        try:
+            async for event in self._link.events():
+                if isinstance(event, Ready):
+                    await loading
+                self._take(event)
+        except Exception as error:
+            log.exception("the server cannot follow its engine")
+            self._take(Died(f"the server cannot follow it: {type(error).__name__}: {error}"))
+
+    async def _load(self) -> None:
+        try:
+            self._service.tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        except CheckpointError as error:
+            self._take(Died(str(error)))
 
     def _take(self, event: Event) -> None:
+        if self._service.error is not None:  # the first reason is the one
+            return
         self._service.take(event)
         match event:
             case Progress(phase, done, total):
                 self._report.progress(phase, done, total)
-            case Ready(stats, _):
+            case Ready(stats):
                 self._report.close()
                 facts = f"{self._service.model}, {stats['placement']}, {stats['pages_total']} pages"
                 self._report.line(f"ready: {self._url} ({facts}) in {self._service.elapsed_seconds:.1f} s")
@@ -131,12 +165,7 @@ class Server:
                 self._over.set()
 
 
-def leave(code: int) -> None:
-    """End the process now, whatever its threads do.
-
-    Python waits at its end for every thread of a pool, and one that compiles a program cannot be
-    interrupted.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _default_signals(loop: asyncio.AbstractEventLoop) -> None:
+    for number in SERVERS_SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)

@@ -1,57 +1,56 @@
-"""What the server and the engine say to each other: plain data, so that they may be two processes.
+"""What the server and the engine say to each other: plain data, which `frames` takes from process to process.
 
 A call is one HTTP request; it has one engine request for each of its prompts, `request_id(call, index)`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from msgspec import Struct
+
+from lamina_jax.config import EngineConfig
 from lamina_jax.core import RequestOutput, SamplingParams
-from lamina_jax.weights.chat_template import ChatTemplate
-
-Prompt = str | list[int]
 
 
-@dataclass(frozen=True)
-class Submit:
-    """Continue these prompts: all of them, or none.
+class Start(Struct, frozen=True, tag=True):
+    """The first message to an engine's process: what it is to be.
 
-    `special_tokens`: whether the tokenizer puts its own around a text; `echo`: whether `Accepted` says the
-    prompts as text.
+    `cores`: those that it runs on, such as "0-3", None: any; `cluster`: the cluster file that it is of.
     """
 
+    config: EngineConfig
+    cores: str | None = None
+    cluster: str | None = None
+
+
+class Submit(Struct, frozen=True, tag=True):
+    """Continue these prompts, each a list of token ids: all of them, or none."""
+
     call_id: str
-    prompts: list[Prompt]
+    prompts: list[list[int]]
     sampling: SamplingParams
-    special_tokens: bool = True
-    echo: bool = False
 
 
-@dataclass(frozen=True)
-class Abort:
+class Abort(Struct, frozen=True, tag=True):
     """End whatever still runs of a call with `count` prompts. No answer follows."""
 
     call_id: str
     count: int
 
 
-@dataclass(frozen=True)
-class AskStats:
+class AskStats(Struct, frozen=True, tag=True):
     """Answered by `Stats`."""
 
 
-@dataclass(frozen=True)
-class Stop:
-    """End the engine's loop."""
+class Stop(Struct, frozen=True, tag=True):
+    """End the engine's loop, and give back what it holds."""
 
 
 Message = Submit | Abort | AskStats | Stop
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(Struct, frozen=True, tag=True):
     """How far the engine's start is; `total` is 0 where it is not known."""
 
     phase: str
@@ -59,23 +58,19 @@ class Progress:
     total: int
 
 
-@dataclass(frozen=True)
-class Ready:
-    """The engine takes calls from now on. Without a chat template it takes no conversations."""
+class Ready(Struct, frozen=True, tag=True):
+    """The engine takes calls from now on. `stats` are `Engine.stats()`."""
 
     stats: dict[str, Any]
-    chat_template: ChatTemplate | None = None
 
 
-@dataclass(frozen=True)
-class Died:
+class Died(Struct, frozen=True, tag=True):
     """The engine will answer nothing any more."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Struct, frozen=True, tag=True):
     """An attention worker is lost. What ran has ended with an error, what waits waits until `Recovered`.
 
     Comes again when there is more to say about it.
@@ -85,37 +80,31 @@ class Lost:
     reason: str
 
 
-@dataclass(frozen=True)
-class Recovered:
+class Recovered(Struct, frozen=True, tag=True):
     """No worker is lost any more."""
 
 
-@dataclass(frozen=True)
-class Accepted:
-    """Every prompt of a call waits or runs. `echo`: for each prompt, the text of each of its tokens."""
+class Accepted(Struct, frozen=True, tag=True):
+    """Every prompt of a call waits or runs."""
 
     call_id: str
-    echo: list[list[str]]
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """No prompt of a call runs; `too_long` says that one does not fit the model's context."""
+class Rejected(Struct, frozen=True, tag=True):
+    """No prompt of a call runs: one does not fit the model's context, too many wait, or else."""
 
     call_id: str
     reason: str
-    too_long: bool
+    kind: Literal["invalid", "too_long", "queue_full"]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The continuations that a step has changed, each as a whole."""
+class Outputs(Struct, frozen=True, tag=True):
+    """What is new of the continuations that a step has changed."""
 
     outputs: list[RequestOutput]
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(Struct, frozen=True, tag=True):
     """`Engine.stats()`, between two steps."""
 
     values: dict[str, Any]

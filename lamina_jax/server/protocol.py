@@ -13,11 +13,19 @@ from abc import abstractmethod
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lamina_jax.core import SamplingParams
-from lamina_jax.server.messages import Prompt
+from lamina_jax.server.prompts import TextOrIds
 from lamina_jax.server.refused_fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -29,8 +37,14 @@ from lamina_jax.server.refused_fields import (
 MAX_CHOICES = 1024
 MAX_STOP = 64
 
+
+def _unicode(text: str) -> str:
+    text.encode()  # JSON can hold half of a surrogate pair, which is no text
+    return text
+
+
 Stop = Annotated[
-    list[str],
+    list[Annotated[str, AfterValidator(_unicode)]],
     Field(max_length=MAX_STOP),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value, str | list[str]),
 ]
@@ -148,7 +162,7 @@ class GenerationRequest(_Body):
         """Values of `SamplingParams` that this endpoint says in its own way."""
 
 
-def _prompts(value: object) -> list[Prompt]:
+def _prompts(value: object) -> list[TextOrIds]:
     """One prompt or several, as a list."""
     if isinstance(value, str) or _is_token_ids(value):
         return [value]  # type: ignore[list-item]
@@ -166,7 +180,7 @@ def _is_token_ids(value: object) -> bool:
 
 
 Prompts = Annotated[
-    list[Prompt],
+    list[TextOrIds],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 

@@ -10,14 +10,16 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamina_jax.core import SamplingParams, WorkerLost
 from lamina_jax.server import messages
 from lamina_jax.server.call import Call
 from lamina_jax.server.errors import ApiError
-from lamina_jax.weights.chat_template import ChatTemplate
+from lamina_jax.server.frames import FrameError
+from lamina_jax.server.prompts import Prompt
+from lamina_jax.weights.tokenizer import Tokenizer
 
 STATS_SECONDS = 10.0
 """How long a step may take before `stats` gives up; the engine answers between two steps."""
@@ -32,6 +34,9 @@ class Service:
         model: the name under which the model is served.
         send: gives the engine a message.
         request_seconds: longest time that a call may take.
+
+    Attributes:
+        tokenizer: the checkpoint's, once the engine is ready, if it has one.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class Service:
         self.model, self.created = model, int(time.time())
         self.progress = messages.Progress("starting", 0, 0)
         self.facts: dict[str, Any] | None = None
-        self.chat_template: ChatTemplate | None = None
+        self.tokenizer: Tokenizer | None = None
         self.error: str | None = None
         self.lost: messages.Lost | None = None
         self.draining = False
@@ -92,19 +97,24 @@ class Service:
     def open(
         self,
         prefix: str,
-        prompts: list[messages.Prompt],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams,
         *,
-        special_tokens: bool,
-        echo: bool,
         param_of: Callable[[str], str],
     ) -> Call:
-        """Submit a call, whose id begins with `prefix`. Whoever opens it closes it."""
+        """Submit a call, whose id begins with `prefix`. Whoever opens it closes it.
+
+        Raises:
+            ApiError: it cannot be told to the engine (400).
+        """
         deadline = asyncio.get_running_loop().time() + self._request_seconds
         call = Call(f"{prefix}-{uuid.uuid4().hex}", len(prompts), deadline, self._late, param_of)
+        try:
+            self._send(messages.Submit(call.id, [prompt.token_ids for prompt in prompts], sampling))
+        except FrameError as error:
+            raise ApiError(400, f"this request {error}") from None
         self._calls[call.id] = call
         self._idle.clear()
-        self._send(messages.Submit(call.id, prompts, sampling, special_tokens, echo))
         return call
 
     def close(self, call: Call) -> None:
@@ -117,6 +127,8 @@ class Service:
 
     async def stats(self) -> dict[str, Any]:
         """The engine's counters. Raises `ApiError` if it does not answer."""
+        if self.error is not None:
+            raise _dead(self.error)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._stats_asked.append(answer)
         self._send(messages.AskStats())
@@ -140,29 +152,31 @@ class Service:
         match event:
             case messages.Progress():
                 self.progress = event
-            case messages.Ready(stats, chat_template):
-                self.facts, self.chat_template = stats, chat_template
+            case messages.Ready(stats):
+                self.facts = stats
             case messages.Died(reason):
                 self.error = reason
-                self._fail_calls(ApiError(500, f"the engine has died: {reason}", code="engine_died"))
+                self._fail_calls(_dead(reason))
+                for answer in self._stats_asked:
+                    if not answer.done():
+                        answer.set_exception(_dead(reason))
             case messages.Lost():
                 self.lost = event
             case messages.Recovered():
                 self.lost = None
-            case messages.Accepted(call_id, echo) if call := self._calls.get(call_id):
-                call.accept(echo)
-            case messages.Rejected(call_id, reason, too_long) if call := self._calls.get(call_id):
-                code = "context_length_exceeded" if too_long else None
-                call.fail(ApiError(400, reason, param=call.param_of(reason), code=code))
+            case messages.Accepted(call_id) if call := self._calls.get(call_id):
+                call.accept()
+            case messages.Rejected(call_id) if call := self._calls.get(call_id):
+                call.fail(_rejection(event, call.param_of))
             case messages.Outputs(outputs):
-                for output in outputs:
-                    call_id, index = messages.call_and_index(output.request_id)
+                for news in outputs:
+                    call_id, index = messages.call_and_index(news.request_id)
                     if not (call := self._calls.get(call_id)):
                         continue
-                    if output.error is None:
-                        call.put(index, output)
+                    if news.error is None:
+                        call.put(index, news)
                     else:
-                        call.fail(_worker_lost(output.error))
+                        call.fail(_worker_lost(news.error))
             case messages.Stats(values):
                 answer = self._stats_asked.popleft()
                 if not answer.done():
@@ -178,6 +192,18 @@ class Service:
     def _fail_calls(self, error: ApiError) -> None:
         for call in self._calls.values():
             call.fail(error)
+
+
+def _dead(reason: str) -> ApiError:
+    return ApiError(500, f"the engine has died: {reason}", code="engine_died")
+
+
+def _rejection(rejected: messages.Rejected, param_of: Callable[[str], str]) -> ApiError:
+    reason = rejected.reason
+    if rejected.kind == "queue_full":
+        return ApiError(429, reason, code="queue_full", headers=RETRY_AFTER)
+    code = "context_length_exceeded" if rejected.kind == "too_long" else None
+    return ApiError(400, reason, param=param_of(reason), code=code)
 
 
 def _worker_lost(message: str) -> ApiError:

@@ -9,7 +9,10 @@ import pytest
 from fake_server import Running, running
 
 from lamina_jax.config import EngineConfig
-from lamina_jax.serve import build
+from lamina_jax.server.engine_process import build
+from lamina_jax.server.messages import Start
+from lamina_jax.weights.hub import find_model
+from lamina_jax.weights.tokenizer import Tokenizer
 
 START_SECONDS = 200
 """Compiling takes a minute where the machine is busy."""
@@ -26,7 +29,10 @@ FEW_PROGRAMS = EngineConfig(
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Running]:
-    with running(build(FEW_PROGRAMS), ready=False, model="bundled") as server:
+    tokenizer = Tokenizer.from_folder(find_model("bundled"))
+    with running(
+        build(Start(FEW_PROGRAMS)), ready=False, model="bundled", load_tokenizer=lambda: tokenizer
+    ) as server:
         server.wait_ready(START_SECONDS)
         yield server
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.scheduler_config import SchedulerConfig
-from lamina_jax.server.engine_thread import Build
+from lamina_jax.server.engine_loop import Build, EngineLoop
 from lamina_jax.server.lifecycle import Server
 from lamina_jax.server.listener import listen, url
 from lamina_jax.testing import FakeModel, FakeRunner
@@ -127,10 +128,29 @@ class FakeEngine:
         )
 
 
+class EngineThread(threading.Thread):
+    """An `EngineHost` that is a thread of the test."""
+
+    def __init__(self, build: Build) -> None:
+        self.connection, theirs = socket.socketpair()
+        super().__init__(target=EngineLoop(build, theirs).run, name="engine", daemon=True)
+        self.start()
+
+    def ended(self, seconds: float) -> str | None:
+        self.join(seconds)
+        return None if self.is_alive() else "has ended"
+
+    def kill(self) -> None:
+        """Let nobody be at the other end; the thread sees it between two steps."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
 @dataclass
 class Running:
-    """A server in a thread. `code` is its exit code once it has ended."""
+    """A server in a thread, and its engine in another. `code` is its exit code once it has ended."""
 
+    engine: EngineThread
     server: Server
     client: httpx.Client
     thread: threading.Thread
@@ -184,17 +204,25 @@ def pages_are_back(response: httpx.Response) -> bool:
 
 
 @contextmanager
-def running(build: Build, *, ready: bool = True, model: str = "fake", **settings: Any) -> Iterator[Running]:
+def running(
+    build: Build,
+    *,
+    ready: bool = True,
+    model: str = "fake",
+    load_tokenizer: Callable[[], Tokenizer | None] = tokenizer,
+    **settings: Any,
+) -> Iterator[Running]:
     """A server on a free port; it has ended when the block is left."""
     config = ServerConfig(port=0, **settings)
     listener = listen(config)
-    server = Server(build, model, config)
+    engine = EngineThread(build)
+    server = Server(engine, load_tokenizer, model, config)
     with httpx.Client(base_url=url(listener), timeout=DEADLINE) as client:
 
         def serve() -> None:
             found.code = asyncio.run(server.run(listener))
 
-        found = Running(server, client, threading.Thread(target=serve))
+        found = Running(engine, server, client, threading.Thread(target=serve))
         found.thread.start()
         try:
             if ready:
@@ -204,7 +232,7 @@ def running(build: Build, *, ready: bool = True, model: str = "fake", **settings
             if found.thread.is_alive() and not server.ending:
                 server.stop()
             found.wait_ended()
-            assert server.ended_cleanly or not ready
+            assert not engine.is_alive() or not ready
 
 
 @pytest.fixture(scope="module")

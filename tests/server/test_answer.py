@@ -1,7 +1,8 @@
-"""The chunks of a stream add up to the whole answer, however the outputs are cut."""
+"""The chunks of a stream add up to the whole answer, however the news is cut."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,10 +16,12 @@ from lamina_jax.core import CompletionOutput, Logprob, Logprobs, RequestOutput
 from lamina_jax.server.answer import Answer
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
+from lamina_jax.server.prompts import Prompt
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest
 
 PROMPT_TEXTS = ["ab", "c"]
 """The texts of a prompt's two tokens, 1 and 2."""
+PROMPT, ECHOED = Prompt([1, 2]), Prompt([1, 2], echo=PROMPT_TEXTS)
 
 
 @dataclass
@@ -45,27 +48,27 @@ def known(token: int) -> Logprobs:
     return {token: Logprob(-2.0, 2, f"<{token}>"), 100: Logprob(-1.0, 1, "z")}
 
 
-def grown(choices: list[list[tuple[str, list[int]]]], *, logprobs: bool) -> list[RequestOutput]:
-    """All continuations of a prompt after each step; one that has fewer steps waits, finished."""
-    sofar = [list(accumulate(steps, lambda a, b: (a[0] + b[0], a[1] + b[1]))) for steps in choices]
-    longest = max(map(len, sofar))
+def news_of(choices: list[list[tuple[str, list[int]]]], *, logprobs: bool) -> list[RequestOutput]:
+    """What each step adds to the continuations of a prompt; one that has fewer steps has ended."""
+    longest = max(map(len, choices))
+    prompt_logprobs = [None, known(2)] if logprobs else None
     return [
         RequestOutput(
             request_id="r",
-            prompt=None,
-            prompt_token_ids=[1, 2],
             outputs=[
                 CompletionOutput(
                     index=index,
-                    text=states[min(step, len(states) - 1)][0],
-                    token_ids=(ids := states[min(step, len(states) - 1)][1]),
-                    finish_reason="length" if step >= len(states) - 1 else None,
-                    logprobs=[known(token) for token in ids] if logprobs else None,
+                    text=steps[step][0],
+                    token_ids=list(steps[step][1]),
+                    finish_reason="length" if step == len(steps) - 1 else None,
+                    logprobs=[known(token) for token in steps[step][1]] if logprobs else None,
                 )
-                for index, states in enumerate(sofar)
+                for index, steps in enumerate(choices)
+                if step < len(steps)
             ],
             finished=step == longest - 1,
-            prompt_logprobs=[None, known(2)][: step + 1 if step < longest - 1 else 2] if logprobs else None,
+            # One at a step, and at the last what is left.
+            prompt_logprobs=prompt_logprobs and prompt_logprobs[step : step + 1 if step < longest - 1 else 2],
         )
         for step in range(longest)
     ]
@@ -75,10 +78,9 @@ def answers(case: Case, make: Callable[[], Answer], *, logprobs: bool) -> tuple[
     """The answer as a whole, and the chunks of it as a stream."""
     whole, streamed, chunks = make(), make(), []
     for prompt, choices in enumerate(case.steps):
-        outputs = grown(choices, logprobs=logprobs)
-        whole.take(prompt, outputs[-1])
-        for output in outputs:
-            chunks += list(streamed.chunks(prompt, output))
+        for news in news_of(choices, logprobs=logprobs):
+            whole.take(prompt, copy.deepcopy(news))
+            chunks += list(streamed.chunks(prompt, news))
     assert streamed.usage() == whole.usage()
     return whole.whole(), chunks
 
@@ -97,9 +99,9 @@ def test_chunks_of_completions_add_up(case: Case, echo: bool, logprobs: int | No
         logprobs=logprobs,
         return_token_ids=True,
     )
-    texts = [PROMPT_TEXTS] * len(case.steps) if echo else []
+    prompts = [ECHOED if echo else PROMPT] * len(case.steps)
     whole, chunks = answers(
-        case, lambda: CompletionAnswer("c", request, texts), logprobs=logprobs is not None
+        case, lambda: CompletionAnswer("c", request, prompts), logprobs=logprobs is not None
     )
     assert [choice["index"] for choice in whole["choices"]] == list(range(len(case.steps) * case.n))
     for expected in whole["choices"]:
@@ -127,7 +129,7 @@ def test_chunks_of_a_chat_add_up(case: Case, top: int | None) -> None:
     fields = {} if top is None else {"logprobs": True, "top_logprobs": top}
     request = ChatRequest(model="m", messages=[{"role": "user", "content": "a"}], n=case.n, **fields)
     case.steps = case.steps[:1]
-    whole, chunks = answers(case, lambda: ChatAnswer("c", request, []), logprobs=top is not None)
+    whole, chunks = answers(case, lambda: ChatAnswer("c", request, [PROMPT]), logprobs=top is not None)
     for expected in whole["choices"]:
         mine = of_choice(chunks, expected["index"])
         assert (
@@ -147,7 +149,7 @@ def test_chunks_of_a_chat_add_up(case: Case, top: int | None) -> None:
 def test_no_tokens_asked_for_tells_about_the_prompt_alone() -> None:
     request = CompletionRequest(model="m", prompt="a", max_tokens=0, echo=True, logprobs=1)
     case = Case(1, [[[("x", [7])]]])
-    whole, chunks = answers(case, lambda: CompletionAnswer("c", request, [PROMPT_TEXTS]), logprobs=True)
+    whole, chunks = answers(case, lambda: CompletionAnswer("c", request, [ECHOED]), logprobs=True)
     for choice in (whole["choices"][0], chunks[0]["choices"][0]):
         assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
         assert choice["logprobs"] == {
@@ -163,7 +165,7 @@ def test_no_tokens_asked_for_tells_about_the_prompt_alone() -> None:
 def test_the_prompts_log_probabilities_are_told_once() -> None:
     request = CompletionRequest(model="m", prompt="a", prompt_logprobs=1)
     case = Case(1, [[[("x", [7]), ("y", [8]), ("z", [9])]]])  # the prompt's are whole at the second step
-    whole, chunks = answers(case, lambda: CompletionAnswer("c", request, []), logprobs=True)
+    whole, chunks = answers(case, lambda: CompletionAnswer("c", request, [PROMPT]), logprobs=True)
     expected = [
         None,
         {"2": {"logprob": -2.0, "rank": 2, "decoded_token": "<2>"}, "100": known(2)[100]._asdict()},
@@ -177,12 +179,10 @@ def test_what_json_or_text_cannot_hold() -> None:
     entry = {5: Logprob(-float("inf"), 9, "\N{REPLACEMENT CHARACTER}"), 6: Logprob(-0.5, 1, None)}
     output = RequestOutput(
         request_id="r",
-        prompt=None,
-        prompt_token_ids=[1],
         outputs=[CompletionOutput(text="", token_ids=[5], finish_reason="length", logprobs=[entry])],
         finished=True,
     )
-    answer = ChatAnswer("c", request, [])
+    answer = ChatAnswer("c", request, [Prompt([1])])
     answer.take(0, output)
     (told,) = answer.whole()["choices"][0]["logprobs"]["content"]
     assert (told["logprob"], told["bytes"]) == (-9999.0, None)
@@ -195,6 +195,6 @@ def test_usage_in_a_stream(continuous: bool) -> None:
     body = {"model": "m", "prompt": "a", "stream": True, "stream_options": options}
     request = CompletionRequest.model_validate(body)
     case = Case(1, [[[("x", [7]), ("y", [8, 9])]]])
-    _, chunks = answers(case, lambda: CompletionAnswer("c", request, []), logprobs=False)
+    _, chunks = answers(case, lambda: CompletionAnswer("c", request, [PROMPT]), logprobs=False)
     counted = [chunk["usage"] and chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counted == ([1, 3] if continuous else [None, None])

@@ -110,7 +110,7 @@ def test_an_unknown_model(fake: Running) -> None:
 
 
 def test_a_checkpoint_without_a_template() -> None:
-    with running(FakeEngine(with_tokenizer=False).build) as server:
+    with running(FakeEngine(with_tokenizer=False).build, load_tokenizer=lambda: None) as server:
         error = error_of(server.chat("a"), 400)
         assert error["code"] == "no_chat_template"
         assert "/v1/completions" in error["message"]

@@ -144,7 +144,7 @@ def test_every_chunk_may_tell_the_usage(fake: Running) -> None:
 
 
 def test_without_a_tokenizer_token_ids_still_work() -> None:
-    with running(FakeEngine(with_tokenizer=False).build) as server:
+    with running(FakeEngine(with_tokenizer=False).build, load_tokenizer=lambda: None) as server:
         error = error_of(server.complete("text"), 400)
         assert error["param"] == "prompt"
         assert "tokenizer" in error["message"]
@@ -210,6 +210,9 @@ def test_a_field_that_is_refused_may_ask_for_nothing(fake: Running, name: str) -
         ({"return_token_ids": 1}, "return_token_ids", "boolean"),
         ({"stop_token_ids": 3}, "stop_token_ids", "list"),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids", "at least 0"),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids", "9223372036854775807"),
+        ({"stop": "\ud800"}, "stop.0", "surrogates"),
+        ({"max_tokens": 10**30}, "max_tokens", "9223372036854775807"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids.0", "integer"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         (

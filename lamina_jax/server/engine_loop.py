@@ -1,35 +1,36 @@
-"""The thread that builds the engine and runs it, told what to do by messages.
+"""Builds an engine and runs it, told what to do by messages on a socket.
 
-It owns the engine alone: what others know of it, they know from the events that it emits. It knows
-nothing of HTTP or asyncio.
+It owns the engine alone: what others know of it, they know from the events that it sends. It knows nothing
+of HTTP or asyncio, nor whether those at the other end are in another process.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from lamina_jax.core import Request, RequestOutput, SamplingParams, WorkerLost
+from lamina_jax.core import QueueFull, Request, RequestOutput, WorkerLost
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.server import messages
+from lamina_jax.server.frames import MESSAGES, FrameError, pack, receive
 from lamina_jax.server.messages import Event, Message, request_id
-from lamina_jax.weights.tokenizer import Tokenizer, texts_of_tokens
+
+LISTENER_SECONDS = 1.0
+"""What the thread that listens may take to end once the socket is shut down."""
 
 log = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What is used of `lamina_jax.engine.engine.Engine`, without importing jax before the port answers."""
+    """What is used of `lamina_jax.engine.engine.Engine`, without importing jax."""
 
     scheduler: Scheduler
-    tokenizer: Tokenizer | None
-
-    def request(self, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams) -> Request: ...
 
     def submit(self, request: Request) -> None: ...
 
@@ -45,6 +46,8 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, Any]: ...
 
+    def close(self) -> None: ...
+
 
 Build = Callable[[Callable[[str, int, int], None]], Engine]
 """`build(report)` makes the engine, and calls `report(phase, done, total)` on the way."""
@@ -54,51 +57,79 @@ class StartError(Exception):
     """The engine cannot start for a reason that its user can change; the message says which."""
 
 
-class _Stopped(Exception):
-    """`stop` was called while the engine was being built."""
+class _Left(Exception):
+    """Nobody is at the other end any more."""
 
 
-class EngineThread(threading.Thread):
+class EngineLoop:
     """Builds an engine, then steps it while it has work and sleeps, open to messages, while it has none.
 
     Args:
-        build: called in this thread; a `StartError` is reported by its message alone.
-        emit: called in this thread with events, in order; must not block. The last of them is `Died`,
-            unless `stop` was called.
+        build: a `StartError` is reported by its message alone.
+        connection: a stream socket, blocking; closed at the end. The last event on it is `Died`, unless
+            `Stop` came.
+        left: called, in a thread of its own, when the other end is closed or cannot be understood, before
+            the loop gets to know of it.
     """
 
-    def __init__(self, build: Build, emit: Callable[[Event], None]) -> None:
-        super().__init__(name="engine", daemon=True)
-        self._build, self._emit = build, emit
+    def __init__(
+        self, build: Build, connection: socket.socket, left: Callable[[], None] = lambda: None
+    ) -> None:
+        self._build, self._connection, self._left = build, connection, left
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._stopping = threading.Event()
-
-    def send(self, message: Message) -> None:
-        """Give the engine a message; from any thread."""
-        self._inbox.put(message)
-
-    def stop(self) -> None:
-        """End the thread after its current step, or at the next report of `build`."""
-        self._stopping.set()
-        self.send(messages.Stop())
+        self._over = threading.Event()
 
     def run(self) -> None:
+        """Until `Stop` comes, the engine fails, or nobody is at the other end any more."""
+        listener = threading.Thread(target=self._listen, name="engine listener", daemon=True)
+        listener.start()
+        try:
+            self._live()
+        except _Left:
+            pass
+        finally:
+            self._over.set()
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            listener.join(LISTENER_SECONDS)
+            self._connection.close()
+
+    def _live(self) -> None:
         try:
             engine = self._build(self._report)
-            template = engine.tokenizer.chat_template if engine.tokenizer is not None else None
-            self._emit(messages.Ready(engine.stats(), template))
+            self._emit(messages.Ready(engine.stats()))
             self._serve(engine)
-        except _Stopped:
-            pass
+            engine.close()
+        except _Left:
+            raise
         except StartError as error:
             self._emit(messages.Died(str(error)))
         except BaseException as error:  # whatever it is, those who wait for answers must hear of it
             log.exception("the engine has died")
             self._emit(messages.Died(f"{type(error).__name__}: {error}"))
 
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._inbox.put(receive(self._connection, MESSAGES))
+        except FrameError as error:
+            log.error("the server sent what cannot be read: %s", error)
+        except (EOFError, OSError):
+            pass
+        if not self._over.is_set():
+            self._left()
+            self._over.set()
+            self._inbox.put(messages.Stop())
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._connection.sendall(pack(event))
+        except OSError:
+            raise _Left from None
+
     def _report(self, phase: str, done: int, total: int) -> None:
-        if self._stopping.is_set():
-            raise _Stopped
+        if self._over.is_set():
+            raise _Left
         self._emit(messages.Progress(phase, done, total))
 
     def _serve(self, engine: Engine) -> None:
@@ -132,35 +163,29 @@ class EngineThread(threading.Thread):
 
     def _submit(self, engine: Engine, call: messages.Submit) -> None:
         submitted: list[str] = []
-        echo: list[list[str]] = []
-        request: Request | None = None
+        kind: Literal["invalid", "too_long", "queue_full"] = "invalid"
+        prompt: list[int] = []
         try:
-            for index, prompt in enumerate(_as_submitted(call, engine.tokenizer)):
-                request = engine.request(request_id(call.call_id, index), prompt, call.sampling)
+            for index, prompt in enumerate(call.prompts):
+                request = Request(
+                    request_id=request_id(call.call_id, index),
+                    prompt_token_ids=tuple(prompt),
+                    sampling=call.sampling,
+                )
                 engine.submit(request)
                 submitted.append(request.request_id)
-                if call.echo:
-                    echo.append(texts_of_tokens(engine.tokenizer, request.prompt_token_ids))
-        except (ValueError, TypeError) as error:
+        except (QueueFull, ValueError, TypeError) as error:
             for submitted_id in submitted:
                 engine.abort(submitted_id)
-            longest = engine.scheduler.config.max_model_len - 1
-            too_long = request is not None and len(request.prompt_token_ids) > longest
-            self._emit(messages.Rejected(call.call_id, str(error), too_long))
+            if isinstance(error, QueueFull):
+                kind = "queue_full"
+            elif len(prompt) >= engine.scheduler.config.max_model_len:
+                kind = "too_long"
+            self._emit(messages.Rejected(call.call_id, str(error), kind))
         else:
-            self._emit(messages.Accepted(call.call_id, echo))
+            self._emit(messages.Accepted(call.call_id))
 
 
 def _loss(engine: Engine) -> messages.Lost | None:
     lost = engine.lost
     return None if lost is None else messages.Lost(lost.worker, lost.reason)
-
-
-def _as_submitted(call: messages.Submit, tokenizer: Tokenizer | None) -> list[messages.Prompt]:
-    """The prompts as the engine takes them: it encodes a text with the tokenizer's special tokens."""
-    if call.special_tokens or tokenizer is None:
-        return call.prompts
-    return [
-        tokenizer.encode(prompt, special_tokens=False) if isinstance(prompt, str) else prompt
-        for prompt in call.prompts
-    ]

@@ -1,0 +1,69 @@
+"""The engine's own process: `python -m lamina_jax.server.engine_process FD`, which the server starts.
+
+FD is a stream socket that it was given; `Start` is the first message on it. The process lives as long as
+somebody is at the other end, and not a moment longer, whatever it does at the time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+from lamina_jax.cluster.pin import die_with, pin
+from lamina_jax.config import CheckpointError, ConfigError
+from lamina_jax.core import WorkerLost
+from lamina_jax.server.engine_loop import Build, Engine, EngineLoop, StartError
+from lamina_jax.server.frames import STARTS, receive
+from lamina_jax.server.messages import Start
+from lamina_jax.server.report import configure_logging
+
+
+def main() -> None:
+    """Be what the first message says."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    configure_logging()
+    start: Start = receive(connection, STARTS)
+    run(build(start), connection)
+
+
+def run(build: Build, connection: socket.socket) -> None:
+    """Run an engine until nobody wants it any more. Signals are for the server: they are blocked here."""
+    die_with(os.getppid())  # also while it is stopped
+    EngineLoop(build, connection, left=lambda: os._exit(1)).run()
+
+
+def build(start: Start) -> Build:
+    """How the loop makes its engine; jax is imported there, once the cores are set."""
+
+    def build_it(report: Callable[[str, int, int], None]) -> Engine:
+        try:
+            pin(start.cores)
+            report("importing jax", 0, 0)
+            from lamina_jax.engine.build import build_engine
+
+            if start.cluster is not None:
+                _check_cluster(start.cluster)
+            return build_engine(start.config, report)
+        except (ConfigError, CheckpointError, WorkerLost) as error:
+            raise StartError(str(error)) from None
+
+    return build_it
+
+
+def _check_cluster(name: str) -> None:
+    """Refuse a cluster that cannot share its model's heads, by the keys of its file."""
+    from pathlib import Path
+
+    from lamina_jax.cluster.file import read_cluster
+    from lamina_jax.cluster.forecast import check_heads
+    from lamina_jax.models.hf_config import read_config
+    from lamina_jax.weights.hub import find_model
+
+    cluster = read_cluster(Path(name))
+    check_heads(cluster, read_config(find_model(cluster.engine.settings.model)))
+
+
+if __name__ == "__main__":
+    main()
