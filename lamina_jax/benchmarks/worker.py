@@ -123,7 +123,7 @@ def prefill_plans(config: SchedulerConfig, length: int) -> list[Step]:
     request = Request(
         request_id="prompt", prompt_token_ids=(1,) * length, sampling=SamplingParams(temperature=0)
     )
-    live = LiveRequest(request, pages, to_plan=1, to_read=1, pages=list(range(pages)))
+    live = LiveRequest(request, max_tokens=1, pages=list(range(pages)))
     plans: list[Step] = []
     while live.prefilled < length:
         plans.append((plan_prefill(len(plans), [live], chunk, config),))

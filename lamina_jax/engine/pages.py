@@ -46,6 +46,17 @@ class PagePool:
         return [len(free) for free in self._free]
 
     @property
+    def leaving_by_worker(self) -> list[int]:
+        """How many pages of each worker will be free once the steps in flight are complete."""
+        counts = Counter(page // self._share for pages in self._leaving.values() for page in pages)
+        return [counts[worker] for worker in range(len(self._free))]
+
+    @property
+    def completed(self) -> int:
+        """The last step that is complete; -1: none is."""
+        return self._completed
+
+    @property
     def num_used(self) -> int:
         """Pages that are held, or given back while a step that names them is in flight."""
         return self.num_pages - self.num_free

@@ -1,4 +1,7 @@
-"""Prefill microbatches: which chunks of which prompts share the next one, and its arrays.
+"""Prefill microbatches: which chunks of which requests share the next one, and its arrays.
+
+A request is prefilled with all tokens that are known of it: its prompt and, after a preemption, what it
+had generated.
 
 It owns the choice of a bucket (B, Q) and the bound on how long running decodes wait for it. It knows
 nothing of admission, of when pages are taken and given back, of devices or jax.
@@ -63,8 +66,8 @@ def plan_prefill(
     logits_at = np.zeros(rows, np.int32)
     samples = np.zeros(rows, bool)
     for row, request in enumerate(requests):
-        prompt, start = request.request.prompt_token_ids, request.prefilled
-        chunk = prompt[start : start + width]
+        start = request.prefilled
+        chunk = request.tokens[start : start + width]
         count = len(chunk)
         position = np.arange(start, start + count, dtype=np.int32)
         place, offset = np.divmod(position, config.page_size)
@@ -74,10 +77,11 @@ def plan_prefill(
         positions[row, :count] = position
         slots[row, :count] = block_tables[row, place] * config.page_size + offset
         logits_at[row] = row * width + count - 1
-        samples[row] = start + count == len(prompt)
+        samples[row] = start + count == len(request.tokens)
         if request.request.sampling.prompt_logprobs is not None:
-            following = prompt[start + 1 : start + 1 + count]
-            targets[row, : len(following)] = following
+            first = max(start, request.told)
+            following = request.request.prompt_token_ids[first + 1 : start + 1 + count]
+            targets[row, first - start : first - start + len(following)] = following
     plan = MicrobatchPlan(
         microbatch=config.microbatches,
         kind="prefill",
@@ -97,7 +101,8 @@ def plan_prefill(
         worker=requests[0].worker if config.partition == "requests" else None,
     )
     for row, request in enumerate(requests):
-        request.prefilled = min(request.prefilled + width, len(request.request.prompt_token_ids))
+        request.prefilled = min(request.prefilled + width, len(request.tokens))
+        request.told = max(request.told, request.prefilled)
         request.last_step = step
         if samples[row]:
             request.name_in(step)
@@ -110,5 +115,5 @@ def _sampling(
     """For the rows whose prompts end here; what is drawn for the others is not read."""
     if all(request.request.sampling.plain for row, request in enumerate(requests) if samples[row]):
         return None
-    rows = [request.sampled_row() for request in requests]
+    rows = [request.sampled_row(request.planned) for request in requests]
     return sampling_rows(rows, len(samples), vocab_size=config.vocab_size, history=config.max_model_len)

@@ -17,53 +17,73 @@ from lamina_jax.engine.scheduler_config import SchedulerConfig
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request that the scheduler holds.
+    """A request that the scheduler holds, in the queue or running.
 
     Attributes:
         request: what was asked.
-        num_pages: pages reserved for it when it is admitted.
-        to_plan: tokens that may still be planned.
-        planned: tokens that were planned so far.
-        prefilled: prompt tokens that were planned so far.
-        to_read: tokens that may still be read; steps in flight make it larger than `to_plan`.
+        max_tokens: how many tokens it may generate.
+        arrival: its place among all requests in the order of their arrival.
+        tokens: its prompt and the tokens that were read so far. Whoever is admitted prefills all of them:
+            one that was preempted goes on where it was.
+        planned: generated tokens that were planned so far; those of steps in flight are not read yet.
+        prefilled: tokens that were planned to be prefilled since it was admitted.
+        told: prompt tokens whose log-probabilities were planned to be told.
         pages: its pages in order of position.
-        generated: the tokens that were read so far.
         worker: the one that its first page is on.
         last_step: the last step that names it.
+        running: it holds pages and a seat.
         ended: it is finished or aborted: what steps in flight still bring for it is dropped.
     """
 
     request: Request
-    num_pages: int
-    to_plan: int
-    to_read: int
+    max_tokens: int
+    arrival: int = 0
+    tokens: list[int] = field(init=False)
     planned: int = 0
     prefilled: int = 0
+    told: int = 0
     pages: list[int] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
     worker: int = 0
     last_step: int = -1
+    running: bool = False
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens that it can ever cache: the last one is never fed back.
+
+        Nor is a token planned beyond `max_tokens` where a stop token is seen one step late.
+        """
+        return self.prompt_len + self.max_tokens - 1
 
     def name_in(self, step: int) -> None:
         """One more token of this request is planned, in `step`."""
-        self.to_plan -= 1
         self.planned += 1
         self.last_step = step
 
-    def sampled_row(self) -> SampledRow:
+    def sampled_row(self, known: int) -> SampledRow:
         """What the sampler's arrays are made from, for the next token to be planned.
 
-        The newest token is this step's own input, perhaps not read yet: the history goes without it.
+        `known`: generated tokens that the history holds, which goes without a decode step's own input.
         """
-        known = self.generated[: max(0, self.planned - 1)]
-        return SampledRow(request=self.request, index=self.planned, generated=known)
+        start = self.prompt_len
+        return SampledRow(self.request, index=self.planned, generated=self.tokens[start : start + known])
 
 
 Rows = tuple[LiveRequest | None, ...]
 """The request of each row of a microbatch; None: padding between live rows."""
 
 PlannedMicrobatch = tuple[MicrobatchPlan, Rows]
+
+Place = tuple[int, int]
+"""(segment, row in it)."""
 
 
 class DecodeRows:
@@ -83,6 +103,7 @@ class DecodeRows:
         shape = config.segments, rows // config.segments
         self._block_tables = np.zeros((*shape, config.table_width), np.int32)
         self._context_lens = np.zeros(shape, np.int32)
+        self._capacity = np.ones(shape, np.int32)  # tokens that a row's pages hold
         self._tokens = np.zeros(shape, np.int32)
         self._feedback = np.full(shape, -1, np.int32)
         self._rows = _read_only(np.arange(rows, dtype=np.int32))
@@ -92,14 +113,15 @@ class DecodeRows:
         """Live rows beside which a request of `worker` would be: in its segment, and in all of them."""
         return len(self._segments[self._config.segment(worker)]), sum(map(len, self._segments))
 
-    def join(self, request: LiveRequest, token: int) -> None:
-        """Add a row for a request whose prompt is cached and whose next token is known to the host."""
+    def join(self, request: LiveRequest) -> None:
+        """Add a row for a request all of whose tokens are cached but the last."""
         segment = self._config.segment(request.worker)
         row = segment, len(self._segments[segment])
         self._segments[segment].append(request)
         self._block_tables[row][: len(request.pages)] = request.pages
-        self._context_lens[row] = len(request.request.prompt_token_ids)
-        self._tokens[row] = token
+        self._capacity[row] = len(request.pages) * self._config.page_size
+        self._context_lens[row] = len(request.tokens) - 1
+        self._tokens[row] = request.tokens[-1]
         self._plain = self._plain and request.request.sampling.plain
 
     def pack(self) -> None:
@@ -110,9 +132,21 @@ class DecodeRows:
                 request.request.sampling.plain for requests in self._segments for request in requests
             )
 
+    def growing(self) -> list[tuple[Place, LiveRequest]]:
+        """The rows, packed, whose next token needs a page that they do not have yet."""
+        places = np.argwhere(self._context_lens >= self._capacity).tolist()
+        return [((segment, row), self._segments[segment][row]) for segment, row in places]
+
+    def add_page(self, place: Place, page: int) -> None:
+        """The next page of one of the rows that are `growing`."""
+        self._block_tables[place][self._capacity[place] // self._config.page_size] = page
+        self._capacity[place] += self._config.page_size
+
     def plan(self, step: int) -> PlannedMicrobatch | None:
-        """The next token of every row, or None if there are no rows. Shapes are those of a bucket."""
-        self.pack()
+        """The next token of every row, or None if there are no rows; none is `growing`.
+
+        The rows are packed. Shapes are those of a bucket.
+        """
         live = [len(requests) for requests in self._segments]
         if not any(live):
             return None
@@ -158,12 +192,13 @@ class DecodeRows:
     def _pack(self, segment: int) -> bool:
         """Whether a row was dropped."""
         requests = self._segments[segment]
-        keep = [row for row, request in enumerate(requests) if request.to_plan and not request.ended]
+        keep = [row for row, r in enumerate(requests) if r.running and r.planned < r.max_tokens]
         live, before = len(keep), len(requests)
         if live == before:
             return False
         for array, padding in (
             (self._block_tables, 0),
+            (self._capacity, 1),
             (self._context_lens, 0),
             (self._tokens, 0),
             (self._feedback, -1),
@@ -184,7 +219,7 @@ class DecodeRows:
 
     def _sampling(self, requests: Rows, rows: int) -> SamplingRows | None:
         return sampling_rows(
-            [request.sampled_row() if request else None for request in requests],
+            [request.sampled_row(request.planned - 1) if request else None for request in requests],
             rows,
             vocab_size=self._config.vocab_size,
             history=self._config.max_model_len,

@@ -9,7 +9,7 @@ devices or jax: it deals in requests, pages and integers.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,12 +39,19 @@ class Scheduler:
     """Continuous batching in first-come, first-served order.
 
     A request waits, is prefilled in chunks, and decodes in one microbatch until it ends. It is
-    admitted when a worker has a seat, and pages for all tokens that it can ever cache, so it never has to
-    be put off later. `abort` is allowed at any moment. Not safe for use by several threads.
+    admitted when a worker has a seat and pages for its tokens, and takes one more page at a time as it
+    grows. When pages run out the youngest requests are preempted: they give their pages back and take
+    their places in the queue, which is in the order of arrival; once admitted again they prefill all their
+    tokens, and go on. So nobody is overtaken, and the oldest request always advances.
+
+    `abort` is allowed at any moment. Not safe for use by several threads.
 
     Attributes:
         config: its limits.
         pages: the page pool; `num_free`, `num_used` and `num_pages` are its counts.
+        preemptions: how often a request was preempted.
+        prompt_tokens: tokens of the prompts of all requests that got a token.
+        generation_tokens: tokens that requests got.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -52,20 +59,26 @@ class Scheduler:
         self._admission = Admission(config)
         self.pages = self._admission.pages
         self._requests: dict[str, LiveRequest] = {}
-        self._waiting: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._waiting: dict[str, LiveRequest] = {}
         self._prefilling: list[LiveRequest] = []
         self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
         self._in_flight: deque[_StepInFlight] = deque()
-        self._next_step = 0
+        self._next_step = self._arrivals = 0
+        self.preemptions = self.prompt_tokens = self.generation_tokens = 0
 
     @property
     def num_waiting(self) -> int:
-        """Requests that hold no pages yet."""
+        """Requests in the queue, those that were preempted included: they hold no pages."""
         return len(self._waiting)
 
     @property
+    def waiting(self) -> list[str]:
+        """The ids of the queue, the next one first."""
+        return list(self._waiting)
+
+    @property
     def num_running(self) -> int:
-        """Requests that were admitted and have not ended: at most `max_num_seqs`."""
+        """Requests that hold pages and a seat: at most `max_num_seqs`."""
         return self._admission.num_running
 
     @property
@@ -78,12 +91,13 @@ class Scheduler:
 
         Raises:
             ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1,
-                or the request needs more pages than it can ever have.
+                or the request alone needs more pages than there are.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
         prompt_len, max_tokens = len(request.prompt_token_ids), self._max_tokens(request)
-        num_pages = self._pages_to_reserve(prompt_len, max_tokens)
+        live = LiveRequest(request, max_tokens, self._arrivals)
+        num_pages = self.pages.pages_for(live.most_cached)
         if num_pages > self.config.most_pages:
             holder = {"heads": "the pool has", "requests": "each worker has"}.get(
                 self.config.partition, f"each of {self.config.workers} workers has"
@@ -93,7 +107,7 @@ class Scheduler:
                 f"{num_pages} pages, {holder} num_pages={self.config.num_pages} (page_size="
                 f"{self.config.page_size}): lower max_tokens, shorten the prompt or raise num_pages"
             )
-        live = LiveRequest(request, num_pages, to_plan=max_tokens, to_read=max_tokens)
+        self._arrivals += 1
         self._requests[request.request_id] = live
         self._waiting[request.request_id] = live
 
@@ -109,10 +123,10 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step: a token for every decode row, and chunks of prompts.
 
-        Returns None when there is nothing to dispatch now: no work, two steps in flight, or every
-        request waits for tokens or pages of a step in flight.
+        Returns None when there is nothing to dispatch now: no work, two steps in flight, every request
+        waits for tokens of a step in flight, or one that decodes for a page of it.
         """
-        if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT:
+        if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT or not self._grow():
             return None
         step = self._next_step
         planned = [decode for rows in self._decode if (decode := rows.plan(step))]
@@ -149,7 +163,7 @@ class Scheduler:
         requests = self._in_flight.popleft().requests
         self.pages.complete(plan.step)
         events: list[TokenEvent] = []
-        prefilled: list[tuple[LiveRequest, int]] = []
+        prefilled: list[LiveRequest] = []
         for index, (microbatch, rows, row_tokens) in enumerate(
             zip(plan.microbatches, requests, chosen, strict=True)
         ):
@@ -162,7 +176,7 @@ class Scheduler:
             if microbatch.kind == "decode":
                 self._decode[microbatch.microbatch].read(plan.step, row_tokens)
                 continue
-            prefilled = [(request, token) for _, request, token in new]
+            prefilled = [request for _, request, _ in new]
             if microbatch.prompt_targets is not None:
                 events += [
                     _of_prompt(index, row, request)
@@ -173,19 +187,21 @@ class Scheduler:
         return events
 
     def drop_running(self) -> list[str]:
-        """End every request that was admitted, and forget the steps in flight: their cache is lost.
+        """End every request that runs, and forget the steps in flight: their cache is lost.
 
-        All pages are free afterwards. Requests that wait keep their places.
+        All pages are free afterwards. Requests that wait keep their places, but for those that were
+        preempted in a step that is lost.
 
         Returns:
             The ids of those that were ended; no `TokenEvent` follows for them.
         """
-        dropped = [request_id for request_id in self._requests if request_id not in self._waiting]
-        for request_id in dropped:
-            self._end(self._requests[request_id])
+        completed = self.pages.completed
+        dropped = [live for live in self._requests.values() if live.running or live.last_step > completed]
+        for live in dropped:
+            self._end(live)
         self._in_flight.clear()
-        self.pages.complete(self._next_step)
-        return dropped
+        self.pages.complete(self._next_step - 1)
+        return [live.request.request_id for live in dropped]
 
     def check_idle(self) -> None:
         """With nothing held, every page is free; a RuntimeError says how many are lost."""
@@ -207,13 +223,34 @@ class Scheduler:
             )
         return min(request.sampling.max_tokens, limits.max_model_len - length)
 
-    def _pages_to_reserve(self, prompt_len: int, max_tokens: int) -> int:
-        """Pages for every token that the request can ever cache.
+    def _grow(self) -> bool:
+        """Give every row whose next token needs a page one; whether the rows can be planned.
 
-        The last token is never fed back, so it is not cached. The overrun token, planned before a
-        stop token is seen, is within `max_tokens` too: steps past that length are never planned.
+        Who is preempted in a step in flight gives pages back when that is complete: until then nothing
+        is planned, so that no row is left behind by the others of its microbatch.
         """
-        return self.pages.pages_for(prompt_len + max_tokens - 1)
+        while True:
+            for rows in self._decode:
+                rows.pack()
+            growing = [(rows, place, live) for rows in self._decode for place, live in rows.growing()]
+            requests = [live for _, _, live in growing]
+            youngest = self._admission.to_preempt(requests) if requests else None
+            if youngest is None:
+                break
+            self._preempt(youngest)
+        if not self._admission.grow(requests):
+            return False
+        for rows, place, live in growing:
+            rows.add_page(place, live.pages[-1])
+        return True
+
+    def _preempt(self, live: LiveRequest) -> None:
+        """Back to the queue. Tokens of steps in flight are still read, before it is admitted again."""
+        self._admission.release(live)
+        self._prefilling = [other for other in self._prefilling if other is not live]
+        waiting = [*self._waiting.values(), live]
+        self._waiting = {r.request.request_id: r for r in sorted(waiting, key=lambda r: r.arrival)}
+        self.preemptions += 1
 
     def _prefill(self, step: int, *, decoding: bool) -> PlannedMicrobatch | None:
         """The next chunks, of requests admitted before and, behind them, of those admitted now.
@@ -227,7 +264,7 @@ class Scheduler:
             return None
         segment = self.config.segment(candidates[0].worker)
         together = [r for r in candidates if self.config.segment(r.worker) == segment]
-        lengths = [len(request.request.prompt_token_ids) - request.prefilled for request in together]
+        lengths = [len(request.tokens) - request.prefilled for request in together]
         bucket = choose_bucket(self.config, lengths, decoding=decoding)
         chosen = tuple(together[: bucket[0]])
         while admitted and admitted[-1] not in chosen:
@@ -246,13 +283,15 @@ class Scheduler:
         for row, request, token in new:
             if request.ended:
                 continue
-            request.generated.append(token)
-            request.to_read -= 1
+            request.tokens.append(token)
+            generated = len(request.tokens) - request.prompt_len
             reason: FinishReason | None = None
             if token in request.request.stop_token_ids:
                 reason = "stop"
-            elif not request.to_read:
+            elif generated == request.max_tokens:
                 reason = "length"
+            self.generation_tokens += 1
+            self.prompt_tokens += request.prompt_len if generated == 1 else 0
             if reason:
                 self._end(request)
             request_id = request.request.request_id
@@ -267,21 +306,23 @@ class Scheduler:
             )
         return events
 
-    def _start_decoding(self, prefilled: Sequence[tuple[LiveRequest, int]]) -> None:
+    def _start_decoding(self, prefilled: Sequence[LiveRequest]) -> None:
         """Give each request that was prefilled and goes on a row in the emptiest decode microbatch."""
         for rows in self._decode:
             rows.pack()
-        for request, token in prefilled:
-            if not request.ended:
+        for request in prefilled:
+            if request.running:
                 worker = request.worker
-                min(self._decode, key=lambda rows: rows.load(worker)).join(request, token)
+                min(self._decode, key=lambda rows: rows.load(worker)).join(request)
 
     def _end(self, request: LiveRequest) -> None:
         """The request gets no more tokens. Its pages follow the last step that names it."""
         request.ended = True
         del self._requests[request.request.request_id]
-        if self._waiting.pop(request.request.request_id, None) is None:
+        if request.running:
             self._admission.release(request)
+        else:
+            del self._waiting[request.request.request_id]
         self._prefilling = [other for other in self._prefilling if other is not request]
 
 

@@ -42,9 +42,15 @@ class Client:
     """One request as its client sees it."""
 
     request: Request
+    arrival: int
     alone: list[int]
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+
+    @property
+    def known(self):
+        """Tokens that whoever is admitted prefills."""
+        return len(self.request.prompt_token_ids) + len(self.tokens)
 
 
 class Driver:
@@ -71,16 +77,18 @@ class Driver:
         self.passed_by: list[str] = []
         self.worker_of: dict[str, int] = {}
         self.prefilled: dict[str, int] = {}
-        self.in_flight: deque[tuple[StepPlan, dict[int, Client]]] = deque()
+        self.held: dict[str, int] = {}  # pages
+        self.admissions: Counter[str] = Counter()
+        self.preemptions = 0
+        self.in_flight: deque[tuple[StepPlan, dict[int, tuple[Client, int]]]] = deque()
 
     def add(self, request):
         self.scheduler.add(request)
         length = len(request.prompt_token_ids)
         limit = min(request.sampling.max_tokens, self.config.max_model_len - length)
         alone = MODEL.generate(request.prompt_token_ids, limit, request.stop_token_ids)
-        self.live[request.request_id] = Client(request, alone)
-        self.prefilled.pop(request.request_id, None)
-        self.worker_of.pop(request.request_id, None)
+        self.live[request.request_id] = Client(request, len(self.clients), alone)
+        self.forget(request.request_id)
         self.clients.append(self.live[request.request_id])
         self.queue.append(request.request_id)
 
@@ -92,12 +100,18 @@ class Driver:
             if request_id in waiting:
                 waiting.remove(request_id)
 
+    def forget(self, request_id):
+        """What this request had in the cache."""
+        for known in (self.prefilled, self.worker_of, self.held):
+            known.pop(request_id, None)
+
     def drop_running(self):
         """A worker is lost: all that it may have held ends, with the steps in flight."""
-        admitted = [request_id for request_id in self.live if request_id not in self.queue]
-        assert self.scheduler.drop_running() == admitted
-        for request_id in admitted:
+        ended = [name for name in self.live if name not in self.queue or self.is_in_flight(name)]
+        assert self.scheduler.drop_running() == ended
+        for request_id in ended:
             self.live.pop(request_id).finish_reason = "abort"
+        self.queue = [request_id for request_id in self.queue if request_id in self.live]
         self.passed_by.clear()
         self.in_flight.clear()
         assert self.scheduler.pages.num_free == self.config.total_pages
@@ -106,6 +120,7 @@ class Driver:
         if len(self.in_flight) > self.run_ahead:
             return None
         plan = self.scheduler.schedule()
+        self.note_preemptions(plan)
         if plan is not None:
             assert plan.microbatches
             for microbatch in plan.microbatches:
@@ -124,10 +139,13 @@ class Driver:
         assert {event.request_id for event in events} <= set(named)
         for event in events:
             client = self.live[event.request_id]
-            client.tokens.append(event.token_id)
+            if event.token_id is not None:
+                client.tokens.append(event.token_id)
             client.finish_reason = event.finish_reason
             if event.finish_reason:
                 del self.live[event.request_id]
+                if event.request_id in self.queue:  # preempted in the step that brings its last token
+                    self.queue.remove(event.request_id)
         return events
 
     def run_step(self):
@@ -140,14 +158,18 @@ class Driver:
             assert not self.scheduler.has_work, "work is left, nothing is in flight and nothing is planned"
 
     def finish(self):
-        """Run to the end, at most as many steps as there are tokens, and look at the whole story."""
-        budget = 2 + sum(
-            len(client.alone) + 1 + len(client.request.prompt_token_ids) for client in self.live.values()
+        """Run to the end, and look at the whole story.
+
+        The oldest request gets a chunk or a token in every other step at least, so there is a bound to the
+        steps, however often others are preempted.
+        """
+        budget = 2 + 2 * sum(
+            len(client.alone) + 2 + len(client.request.prompt_token_ids) for client in self.live.values()
         )
         while self.scheduler.has_work:
             self.run_step()
             budget -= 1
-            assert budget >= 0, "the scheduler plans more steps than there are tokens"
+            assert budget >= 0, "the oldest request does not advance"
         assert self.scheduler.schedule() is None
         for client in self.clients:
             if client.finish_reason == "abort":
@@ -159,30 +181,77 @@ class Driver:
         self.scheduler.check_idle()
         assert self.scheduler.pages.num_free == self.config.total_pages
 
-    def pages_needed(self, request_id):
+    def pages_for(self, tokens):
+        return -(-tokens // self.config.page_size)
+
+    def most_cached(self, request_id):
         request = self.live[request_id].request
-        length = len(request.prompt_token_ids)
-        total = min(length + request.sampling.max_tokens, self.config.max_model_len)
-        return -(-(total - 1) // self.config.page_size)
+        longest = len(request.prompt_token_ids) + request.sampling.max_tokens
+        return min(longest, self.config.max_model_len) - 1
+
+    def first_pages(self, request_id):
+        """Of a request that is admitted now: for its tokens and the next one."""
+        return self.pages_for(min(self.live[request_id].known + 1, self.most_cached(request_id)))
+
+    def growing(self, worker):
+        """Requests beside which one of `worker` would be, and which may need more pages."""
+        return [
+            name
+            for name in self.live
+            if name not in self.queue
+            and (self.config.segments == 1 or self.worker_of.get(name, worker) == worker)
+            and self.held.get(name, 0) < self.pages_for(self.most_cached(name))
+        ]
+
+    def note_preemptions(self, plan):
+        """Who runs no more, or from the beginning: the youngest, and back in the order of the queue."""
+        new = [] if plan is None or plan.microbatches[-1].kind == "decode" else self.beginning(plan)
+        waiting = self.scheduler.waiting
+        preempted = [
+            name
+            for name in self.live
+            if name not in self.queue and (name in waiting or (name in new and name in self.held))
+        ]
+        self.preemptions += len(preempted)
+        assert self.scheduler.preemptions == self.preemptions
+        for name in preempted:
+            for other, client in self.live.items():
+                beside = self.config.segments == 1 or self.worker_of.get(other) == self.worker_of.get(name)
+                if other not in self.queue and other not in preempted and beside:
+                    assert client.arrival < self.live[name].arrival, f"{name} left before {other}"
+        for name in preempted:
+            self.forget(name)
+        self.passed_by = [name for name in self.passed_by if name not in preempted]
+        self.queue = sorted(self.queue + preempted, key=lambda name: self.live[name].arrival)
+
+    def beginning(self, plan):
+        """The requests whose first chunk is in a plan."""
+        prefill = plan.microbatches[-1]
+        return [name for row, name in enumerate(prefill.request_ids) if not prefill.context_lens[row]]
 
     def pages_named(self, plan):
+        """Who has each page, in which of its lives."""
         return {
-            int(page): self.live[request_id]
+            int(page): (self.live[name], self.admissions[name])
             for microbatch in plan.microbatches
-            for row, request_id in enumerate(microbatch.request_ids)
-            if request_id
-            for page in microbatch.block_tables[row, : self.pages_needed(request_id)]
+            for row, name in enumerate(microbatch.request_ids)
+            if name
+            for page in microbatch.block_tables[row, : self.held[name]]
         }
+
+    def is_in_flight(self, request_id):
+        named = [client for _, pages in self.in_flight for client, _ in pages.values()]
+        return any(client is self.live[request_id] for client in named)
 
     def check_pages(self, plan):
         """No page in two hands: in this plan, nor between it and the steps in flight."""
         request_ids = [request_id for m in plan.microbatches for request_id in ids_of(m)]
         pages = self.pages_named(plan)
         assert len(set(request_ids)) == len(request_ids)
-        assert len(pages) == sum(map(self.pages_needed, request_ids))
+        assert len(pages) == sum(self.held[name] for name in request_ids)
         for _, named in self.in_flight:
-            for page, client in pages.items():
-                assert named.get(page, client) is client, f"page {page} is reused while a step names it"
+            for page, life in pages.items():
+                assert named.get(page, life) == life, f"page {page} is reused while a step names it"
 
     def check_microbatch(self, plan):
         """Shapes are those of a bucket, and everything beyond the live rows and tokens is padding."""
@@ -200,8 +269,12 @@ class Driver:
             assert not array[~live].any()
         assert (plan.slots[~live] == limits.padding_slot).all()
         assert (plan.feedback[~live] == -1).all()
-        self.check_workers(plan)
         if plan.kind == "decode":
+            for row, request_id in enumerate(plan.request_ids):
+                if request_id:
+                    grown = self.pages_for(int(plan.context_lens[row]) + 1)
+                    self.held[request_id] = max(self.held[request_id], grown)
+            self.check_workers(plan)
             fullest = live.reshape(limits.segments, -1).sum(axis=1).max()
             assert fullest * limits.segments <= limits.rows_per_microbatch
             fitting = [bucket for bucket in limits.decode_buckets if bucket >= fullest * limits.segments]
@@ -221,16 +294,20 @@ class Driver:
             assert not plan.logits_at[~live].any()
             assert not plan.samples[~live].any()
             for row, request_id in enumerate(plan.request_ids):
-                prompt = len(self.live[request_id].request.prompt_token_ids)
-                start = self.prefilled.get(request_id, 0)
+                known, start = self.live[request_id].known, self.prefilled.get(request_id, 0)
+                if not start:
+                    assert not self.is_in_flight(request_id), "its tokens are not known yet"
+                    self.held[request_id] = self.first_pages(request_id)
+                    self.admissions[request_id] += 1
                 assert plan.context_lens[row] == start, "a chunk does not follow the one before"
-                length = min(width, prompt - start)
+                length = min(width, known - start)
                 assert length > 0
                 assert (plan.slots[row, length:] == limits.padding_slot).all()
                 assert (plan.slots[row, :length] < limits.padding_slot).all()
                 assert (plan.positions[row, :length] == np.arange(start, start + length)).all()
-                assert plan.samples[row] == (start + length == prompt)
+                assert plan.samples[row] == (start + length == known)
                 self.prefilled[request_id] = start + length
+            self.check_workers(plan)
             self.check_admission(plan)
 
     def check_admission(self, plan):
@@ -253,7 +330,7 @@ class Driver:
         for row, request_id in enumerate(plan.request_ids):
             if not request_id:
                 continue
-            pages = plan.block_tables[row, : self.pages_needed(request_id)]
+            pages = plan.block_tables[row, : self.held[request_id]]
             owners = pages // limits.num_pages
             self.worker_of[request_id] = int(owners[0])
             if limits.partition == "tokens":
@@ -266,29 +343,32 @@ class Driver:
                 assert (owners == plan.worker).all()
 
     def check_head_of_queue(self, plan):
-        """Whoever is first in the queue waits for seats or pages only."""
-        admitted = plan is not None and plan.microbatches[-1].kind == "prefill"
-        if self.queue and not admitted and self.scheduler.num_running < self.config.max_num_seqs:
-            needed = self.pages_needed(self.queue[0])
+        """Whoever is first in the queue waits for seats, pages or its own tokens only."""
+        if plan is None or plan.microbatches[-1].kind == "prefill" or not self.queue:
+            return
+        if self.scheduler.num_running < self.config.max_num_seqs and not self.is_in_flight(self.queue[0]):
+            needed = self.first_pages(self.queue[0])
             assert not any(self.has_room(worker, needed) for worker in range(self.config.workers))
 
     def has_room(self, worker, needed):
         """Whether a request of so many pages could begin on a worker now."""
         free, W = self.scheduler.pages.free_by_worker, self.config.workers
+        spare = len(self.growing(worker))
         if self.config.partition != "tokens":
             here = [name for name in self.live if self.worker_of.get(name) == worker]
             taken = len(here) + len(self.passed_by)  # whose worker has not been seen yet
-            return taken < self.config.seats and free[worker] >= needed
+            return taken < self.config.seats and free[worker] >= needed + spare
         dealt = [(worker + place) % W for place in range(needed)]
-        return all(dealt.count(w) <= free[w] for w in range(W))
+        return sum(free) >= needed + spare and all(dealt.count(w) <= free[w] for w in range(W))
 
     def check_counts(self):
         scheduler, pages = self.scheduler, self.scheduler.pages
         assert pages.num_free + pages.num_used == pages.num_pages == self.config.total_pages
+        assert scheduler.waiting == self.queue
         assert scheduler.num_waiting == len(self.queue)
         assert scheduler.num_running == len(self.live) - len(self.queue) <= self.config.max_num_seqs
         running = set(self.live) - set(self.queue)
-        assert sum(map(self.pages_needed, running)) <= pages.num_used
+        assert sum(self.held.get(name, 0) for name in running) <= pages.num_used
         if self.config.segments > 1:
             seated = Counter(self.worker_of[name] for name in self.live if name in self.worker_of)
             assert max(seated.values(), default=0) <= self.config.seats

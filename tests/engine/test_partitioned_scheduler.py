@@ -32,7 +32,7 @@ def by_token(workers=3, **changes):
 def workers_of(driver, plan):
     """For each live row, the workers of its pages."""
     return {
-        name: (plan.block_tables[row, : driver.pages_needed(name)] // driver.config.num_pages).tolist()
+        name: (plan.block_tables[row, : driver.held[name]] // driver.config.num_pages).tolist()
         for row, name in enumerate(plan.request_ids)
         if name
     }
@@ -42,12 +42,12 @@ def test_by_request_the_next_goes_where_most_pages_are_free():
     driver = Driver(by_request(prefill_buckets=((1, 16),)))
     driver.add(make_request("large", range(10), max_tokens=10))
     for name in "bcd":
-        driver.add(make_request(name, max_tokens=3))
+        driver.add(make_request(name, range(5), max_tokens=3))
     seen = {}
     for _ in range(4):
         seen |= workers_of(driver, driver.schedule().microbatches[-1])
         driver.update()
-    assert seen == {"large": [0] * 5, "b": [1] * 2, "c": [1] * 2, "d": [0] * 2}
+    assert seen == {"large": [0] * 3, "b": [1] * 2, "c": [1] * 2, "d": [0] * 2}
     driver.finish()
 
 
@@ -93,15 +93,22 @@ def test_by_request_each_worker_has_its_seats():
     for _ in range(4):
         seen |= workers_of(driver, driver.schedule().microbatches[-1])
         driver.update()
-    assert seen == {"long": [0] * 6, "b": [1] * 2, "c": [1] * 2, "d": [0] * 2}
+    assert seen == {"long": [0] * 4, "b": [1], "c": [1], "d": [0]}
     driver.finish()
 
 
 def test_requests_that_are_placed_together_share_what_there_is():
-    by_request_room = Room(by_request(), pages=[9, 8], seats=[1, 9])
-    assert [by_request_room.place(3) for _ in range(4)] == [0, 1, 1, None]
-    by_token_room = Room(by_token(), pages=[2, 3, 2], seats=[9])
-    assert [by_token_room.place(count) for count in (4, 2, 2, 1)] == [1, 0, None, 2]
+    by_request_room = Room(by_request(), pages=[9, 8], seats=[1, 9], growing=[0, 0])
+    assert [by_request_room.place(3, grows=False) for _ in range(4)] == [0, 1, 1, None]
+    by_token_room = Room(by_token(), pages=[2, 3, 2], seats=[9], growing=[0])
+    assert [by_token_room.place(count, grows=False) for count in (4, 2, 2, 1)] == [1, 0, None, 2]
+
+
+def test_a_page_stays_free_for_whoever_may_grow():
+    by_request_room = Room(by_request(), pages=[4, 4], seats=[9, 9], growing=[3, 0])
+    assert [by_request_room.place(1, grows=True) for _ in range(4)] == [0, 1, 1, None]
+    by_token_room = Room(by_token(), pages=[2, 2, 2], seats=[9], growing=[1])
+    assert [by_token_room.place(2, grows=grows) for grows in (False, True, False)] == [0, 2, None]
 
 
 def test_by_request_padding_rows_are_greedy_rows_of_the_sampler():
@@ -126,7 +133,7 @@ def test_by_token_pages_go_round_and_short_requests_begin_on_different_workers()
     for name in "abc":
         driver.add(make_request(name, [1], max_tokens=3))
     seen = workers_of(driver, driver.schedule().microbatches[-1])
-    assert seen == {"long": [0, 1, 2, 0, 1], "a": [2], "b": [0], "c": [1]}
+    assert seen == {"long": [0, 1, 2, 0], "a": [1], "b": [2], "c": [0]}
     driver.finish()
 
 

@@ -110,15 +110,16 @@ TestAnyTraffic.settings = settings(
 )
 
 
-@pytest.mark.parametrize(("run_ahead", "num_pages"), [(1, 12), (0, 60)])
+@pytest.mark.parametrize(("run_ahead", "page_size"), [(1, 1), (0, 4)])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
 @pytest.mark.parametrize(("partition", "workers"), SHARED)
-def test_heavy_traffic(partition, workers, microbatches, run_ahead, num_pages):
-    """Full microbatches, whose rows change all the time; with 12 pages, requests wait for pages."""
-    random = np.random.default_rng([workers, microbatches, run_ahead, num_pages])
+def test_heavy_traffic(partition, workers, microbatches, run_ahead, page_size):
+    """Full microbatches, whose rows change all the time; with pages of one token, requests are preempted."""
+    random = np.random.default_rng([workers, microbatches, run_ahead])
     config = make_config(
         microbatches=microbatches,
-        num_pages=num_pages,
+        num_pages={1: 24, 4: 60}[page_size] // (workers if partition == "tokens" else 1),
+        page_size=page_size,
         max_num_seqs=9,
         decode_buckets=buckets_for(partition, workers, -(-9 // microbatches)),
         partition=partition,
@@ -127,7 +128,7 @@ def test_heavy_traffic(partition, workers, microbatches, run_ahead, num_pages):
     driver = Driver(config, run_ahead=run_ahead)
     for number in range(40):
         prompt = random.integers(MODEL.vocab_size, size=random.integers(1, 13)).tolist()
-        stop = random.integers(MODEL.vocab_size, size=2).tolist()
+        stop = random.integers(MODEL.vocab_size, size=number % 2).tolist()
         driver.add(make_request(f"r{number}", prompt, int(random.integers(1, 12)), stop))
         if number > 12:
             driver.run_step()
@@ -136,6 +137,7 @@ def test_heavy_traffic(partition, workers, microbatches, run_ahead, num_pages):
             driver.schedule()
             driver.abort(str(random.choice(sorted(driver.live))))
     driver.finish()
+    assert bool(driver.preemptions) == (page_size == 1)
 
 
 def decode_plan(plan, microbatch=0):
@@ -226,7 +228,7 @@ def test_the_overrun_token_is_dropped_and_its_pages_wait():
     driver.schedule()
     (event,) = driver.update()
     assert (event.token_id, event.finish_reason) == (stop, "stop")
-    assert driver.scheduler.pages.num_used == 3
+    assert driver.scheduler.pages.num_used == 2
     assert driver.scheduler.has_work
     assert driver.update() == []
     assert driver.scheduler.pages.num_used == 0
@@ -239,7 +241,7 @@ def test_an_aborted_request_waits_for_its_step_and_its_id_is_free_at_once():
     driver.schedule()
     driver.abort("a")
     driver.abort("a")
-    assert driver.scheduler.pages.num_used == 2
+    assert driver.scheduler.pages.num_used == 1
     driver.add(make_request("a", [9, 9]))
     assert driver.update() == []
     assert driver.scheduler.pages.num_used == 0
@@ -340,7 +342,7 @@ def test_a_stall_bounds_the_bucket_while_requests_decode(stall, decoding, bucket
 def test_a_short_request_does_not_overtake_a_large_one():
     driver = Driver(make_config(num_pages=6))
     driver.add(make_request("small", max_tokens=2))
-    driver.add(make_request("large", range(10), max_tokens=12))
+    driver.add(make_request("large", range(20), max_tokens=4))
     driver.add(make_request("late", max_tokens=2))
     assert driver.schedule().microbatches[-1].request_ids == ("small",)
     assert driver.scheduler.num_waiting == 2
