@@ -45,6 +45,13 @@ def test_the_library_loads_no_http_server() -> None:
     assert not loaded & {"fastapi", "uvicorn", "starlette", "torch", "transformers"}
 
 
+def test_the_server_loads_no_jax() -> None:
+    """Its engine's process does, at the same time."""
+    loaded = modules_after("lamina_jax.serve", "lamina_jax.server.lifecycle", "lamina_jax.weights.hub")
+    assert "uvicorn" in loaded
+    assert not loaded & {"jax", "jaxlib", "flax"}
+
+
 def test_importing_starts_no_backend() -> None:
     """Virtual devices and platforms can still be chosen after the import."""
     code = (

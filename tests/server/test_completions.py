@@ -17,6 +17,8 @@ from fake_server import (
     token_ids,
 )
 
+from lamina_jax.core import QueueFull, Request
+from lamina_jax.engine.engine import Engine
 from lamina_jax.server.protocol import MAX_CHOICES
 from lamina_jax.server.refused_fields import REFUSED_IN_COMPLETIONS
 
@@ -268,6 +270,21 @@ def test_a_prompt_that_is_too_long(fake: Running, length: int, stream: bool) -> 
     assert error["code"] == "context_length_exceeded"
     assert str(length) in error["message"]
     assert fake.wait_for("/stats", lambda response: response.json()["pages_used"] == 0)
+
+
+def test_a_queue_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(FakeEngine().build) as server:
+        assert server.complete("a").status_code == 200
+
+        def submit(engine: Engine, request: Request) -> None:
+            raise QueueFull("8 requests wait, and no more are taken: try again later")
+
+        monkeypatch.setattr(Engine, "submit", submit)
+        for stream in (False, True):
+            response = server.complete("a", stream=stream)
+            error = error_of(response, 429)
+            assert (error["code"], error["param"]) == ("queue_full", None)
+            assert int(response.headers["retry-after"]) > 0
 
 
 def test_an_unknown_model(fake: Running) -> None:
