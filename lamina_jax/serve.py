@@ -17,6 +17,7 @@ from lamina_jax.cluster.pin import check_cores
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
+from lamina_jax.server.api_keys import read_keys
 from lamina_jax.server.engine_host import EngineProcess
 from lamina_jax.server.listener import ListenError, listen
 from lamina_jax.server.messages import Start
@@ -43,14 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Cluster | None = None) -> int:
     """Serve one model, as the engine of `cluster` if there is one; the exit code."""
     try:
+        keys = read_keys(server_config.api_key_file)
         listener = listen(server_config)
-    except ListenError as error:
+    except (ConfigError, ListenError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if cluster is None:
-        engine = EngineProcess(Start(engine_config))
+        engine = EngineProcess(Start(engine_config, log_format=server_config.log_format))
     else:
-        start = Start(engine_config, cluster.engine.cores, str(cluster.file))
+        cores, log_format = cluster.engine.cores, server_config.log_format
+        start = Start(engine_config, cores, str(cluster.file), log_format)
         engine = EngineProcess(start, cluster.engine.environment)
     # Only now, beside the engine's process, which imports jax: the web server's packages take a while, too.
     from lamina_jax.server.lifecycle import Server
@@ -58,9 +61,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
     from lamina_jax.weights.hub import find_model
     from lamina_jax.weights.tokenizer import load_tokenizer
 
-    configure_logging()
+    configure_logging(server_config.log_format)
     model = engine_config.model
-    server = Server(engine, lambda: load_tokenizer(find_model(model)), model, server_config)
+    server = Server(engine, lambda: load_tokenizer(find_model(model)), model, server_config, keys)
     return asyncio.run(server.run(listener))
 
 

@@ -11,17 +11,20 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lamina_jax
 from lamina_jax.server.answer import Answer
+from lamina_jax.server.auth import KeyGuard
 from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
 from lamina_jax.server.errors import ApiError, as_api_error
 from lamina_jax.server.prompts import TextOrIds, encode_prompts
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from lamina_jax.server.request_log import RequestLog
 from lamina_jax.server.service import RETRY_AFTER, Service
 
 MAX_BODY_BYTES = 10 * 2**20
@@ -29,18 +32,22 @@ MAX_BODY_BYTES = 10 * 2**20
 UNREAD_SECONDS = 5.0
 """What a client gets, after its call's deadline, to read that it is over."""
 
+SCRAPE_SECONDS = 1.0
+"""What the engine gets to answer Prometheus; then it is told what was known before."""
+
 router = APIRouter()
 
 
-def create_app(service: Service) -> FastAPI:
-    """The web application over a service."""
+def create_app(service: Service, keys: tuple[bytes, ...] = ()) -> ASGIApp:
+    """The web application over a service; `keys`: of which requests show one, none: they need not."""
     app = FastAPI(title="lamina_jax", version=lamina_jax.__version__)
     app.state.service = service
     app.include_router(router)
     app.add_middleware(_BodyLimit)
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error_response)
-    return app
+    # Around it all, so that every answer carries its request's id, those to its own failures too.
+    return RequestLog(KeyGuard(app, keys) if keys else app)
 
 
 @router.get("/health")
@@ -64,6 +71,16 @@ async def stats(request: Request) -> Response:
     service = _service(request)
     service.require_ready()
     return JSONResponse(await service.stats())
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus: what the server counts, and what the engine said last."""
+    service = _service(request)
+    if service.facts is not None:
+        with suppress(ApiError):
+            await service.stats(SCRAPE_SECONDS)
+    return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models")
@@ -129,7 +146,8 @@ async def _generate(
     except (TypeError, ValueError) as error:
         raise ApiError(400, str(error), param=body.param_of(str(error))) from None
     service.require_ready()  # still
-    call = service.open(body.ID_PREFIX, prompts, sampling, param_of=body.param_of)
+    record = request.state.record
+    call = service.open(body.ID_PREFIX, prompts, sampling, record, param_of=body.param_of)
     answer = kind(call.id, body, prompts)
     with ExitStack() as owned:
         owned.callback(service.close, call)
@@ -226,4 +244,5 @@ def _service(request: Request) -> Service:
 
 def _error_response(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
+    request.state.record.error = answer.code
     return JSONResponse(answer.body, answer.status_code, headers=answer.headers)

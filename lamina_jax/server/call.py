@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from lamina_jax.core import RequestOutput
+from lamina_jax.server.call_meter import CallMeter
 from lamina_jax.server.errors import ApiError
 
 
@@ -19,6 +20,7 @@ class Call:
         deadline: in the loop's time.
         late: the error that it ends with at its deadline.
         param_of: the field of the request that an error of the engine speaks of.
+        meter: hears of its news at once, however slow its reader is.
     """
 
     def __init__(
@@ -28,9 +30,10 @@ class Call:
         deadline: float,
         late: Callable[[], ApiError],
         param_of: Callable[[str], str],
+        meter: CallMeter,
     ) -> None:
         self.id, self.count, self.deadline, self.param_of = call_id, count, deadline, param_of
-        self._late = late
+        self._late, self._meter = late, meter
         self._accepted = False
         self._unfinished = count
         self._news: dict[int, RequestOutput] = {}
@@ -65,6 +68,7 @@ class Call:
         self._changed.set()
 
     def put(self, index: int, news: RequestOutput) -> None:
+        self._meter.take(index, news)
         if index in self._news:
             self._news[index].extend(news)
         else:
@@ -76,12 +80,17 @@ class Call:
         self._error = error
         self._changed.set()
 
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._meter.close(self._error.code if self._error is not None else None)
+
     async def _change(self) -> None:
         try:
             async with asyncio.timeout_at(self.deadline):
                 await self._changed.wait()
         except TimeoutError:
-            raise self._late() from None
+            self._error = self._late()
+            raise self._error from None
         self._changed.clear()
         if self._error is not None:
             raise self._error

@@ -29,9 +29,15 @@ class CallMeter:
     """
 
     def __init__(
-        self, metrics: ServerMetrics, record: RequestRecord, prompt_lengths: Sequence[int], choices: int
+        self,
+        metrics: ServerMetrics,
+        record: RequestRecord,
+        call_id: str,
+        prompt_lengths: Sequence[int],
+        choices: int,
     ) -> None:
         self._metrics, self._record = metrics, record
+        record.call_id = call_id
         record.prompt_tokens, record.completion_tokens = sum(prompt_lengths), 0
         self._running = {
             (prompt, choice): _Request(length)
@@ -52,7 +58,7 @@ class CallMeter:
     def close(self, error: str | None) -> None:
         """What has not ended ends here: with an error, of which this is the code, or its client has left."""
         now = self._record.elapsed()
-        self._record.error = error
+        self._record.error = error or self._record.error
         while self._running:
             _, request = self._running.popitem()
             self._end(request, "abort" if error is None else "error", now)

@@ -23,8 +23,8 @@ from lamina_jax.server.report import configure_logging
 def main() -> None:
     """Be what the first message says."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    configure_logging()
     start: Start = receive(connection, STARTS)
+    configure_logging(start.log_format)
     run(build(start), connection)
 
 

@@ -55,15 +55,21 @@ class Server:
         tokenizer: loads the checkpoint's; called in a thread.
         model: the name under which it is served.
         config: the host and port are the listener's by now.
+        keys: the digests of config.api_key_file.
     """
 
     def __init__(
-        self, host: EngineHost, tokenizer: Callable[[], Tokenizer | None], model: str, config: ServerConfig
+        self,
+        host: EngineHost,
+        tokenizer: Callable[[], Tokenizer | None],
+        model: str,
+        config: ServerConfig,
+        keys: tuple[bytes, ...] = (),
     ) -> None:
-        self._config, self._load_tokenizer = config, tokenizer
+        self._config, self._load_tokenizer, self._keys = config, tokenizer, keys
         self._link = EngineLink(host)
         self._service = Service(model, self._link.send, request_seconds=config.request_seconds)
-        self._report = StartReport(Console(stderr=True))
+        self._report = StartReport(Console(stderr=True) if config.log_format == "text" else None)
         self._over = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._url = ""
@@ -75,7 +81,7 @@ class Server:
         await self._link.open()
         web = _WebServer(
             uvicorn.Config(
-                create_app(self._service),
+                create_app(self._service, self._keys),
                 access_log=False,
                 lifespan="off",
                 log_config=None,

@@ -16,12 +16,14 @@ from lamina_jax.core import RequestOutput, SamplingParams
 class Start(Struct, frozen=True, tag=True):
     """The first message to an engine's process: what it is to be.
 
-    `cores`: those that it runs on, such as "0-3", None: any; `cluster`: the cluster file that it is of.
+    `cores`: those that it runs on, such as "0-3", None: any; `cluster`: the cluster file that it is of;
+    `log_format`: that of the server's log.
     """
 
     config: EngineConfig
     cores: str | None = None
     cluster: str | None = None
+    log_format: Literal["text", "json"] = "text"
 
 
 class Submit(Struct, frozen=True, tag=True):

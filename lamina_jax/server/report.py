@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lamina_jax.server.log_format import JsonFormatter, TextFormatter
+
+LogFormat = Literal["text", "json"]
 
 LINE_SECONDS = 5.0
 """Between two lines of one phase, where there is no terminal."""
 
 
-def configure_logging() -> None:
+log = logging.getLogger(__name__)
+
+
+def configure_logging(log_format: LogFormat = "text") -> None:
     """The library's notes (devices, slices, the memory budget) and everybody's warnings, on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lamina_jax").setLevel(logging.INFO)
 
 
 class StartReport:
-    """Follows a start from report to report."""
+    """Follows a start from report to report.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where it is told; None: in the log.
+    """
+
+    def __init__(self, console: Console | None) -> None:
         self._console = console
         self._bar: Progress | None = None
         self._started = self._last_line = time.monotonic()
         self._phase = ""
 
     def line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        if self._console is None:
+            log.info(text)
+        else:
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """A step of the start; `total` is 0 where it is not known."""
-        if self._console.is_terminal and total:
-            self._show_bar(phase, done, total)
+        if self._console is not None and self._console.is_terminal and total:
+            self._show_bar(self._console, phase, done, total)
             return
         now = time.monotonic()
         if phase != self._phase or done == total or now - self._last_line >= LINE_SECONDS:
@@ -46,7 +63,7 @@ class StartReport:
         if self._bar is not None:
             self._bar.stop()
 
-    def _show_bar(self, phase: str, done: int, total: int) -> None:
+    def _show_bar(self, console: Console, phase: str, done: int, total: int) -> None:
         if self._bar is None:
             columns = (
                 TextColumn("{task.description}"),
@@ -54,7 +71,7 @@ class StartReport:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
             )
-            self._bar = Progress(*columns, console=self._console)
+            self._bar = Progress(*columns, console=console)
             self._bar.add_task(phase, total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=phase, completed=done, total=total)

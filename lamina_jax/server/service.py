@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamina_jax.core import SamplingParams, WorkerLost
 from lamina_jax.server import messages
 from lamina_jax.server.call import Call
+from lamina_jax.server.call_meter import CallMeter
 from lamina_jax.server.errors import ApiError
 from lamina_jax.server.frames import FrameError
+from lamina_jax.server.metrics import ServerMetrics
 from lamina_jax.server.prompts import Prompt
+from lamina_jax.server.request_log import RequestRecord
 from lamina_jax.weights.tokenizer import Tokenizer
 
 STATS_SECONDS = 10.0
@@ -37,6 +39,7 @@ class Service:
 
     Attributes:
         tokenizer: the checkpoint's, once the engine is ready, if it has one.
+        metrics: what Prometheus is told.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class Service:
         self._send, self._request_seconds = send, request_seconds
         self._started = time.monotonic()
         self._calls: dict[str, Call] = {}
-        self._stats_asked: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self.metrics = ServerMetrics(model)
+        self._stats_asked: asyncio.Future[dict[str, Any]] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -99,16 +103,21 @@ class Service:
         prefix: str,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
+        record: RequestRecord,
         *,
         param_of: Callable[[str], str],
     ) -> Call:
         """Submit a call, whose id begins with `prefix`. Whoever opens it closes it.
 
+        `record` is that of its HTTP request.
+
         Raises:
             ApiError: it cannot be told to the engine (400).
         """
         deadline = asyncio.get_running_loop().time() + self._request_seconds
-        call = Call(f"{prefix}-{uuid.uuid4().hex}", len(prompts), deadline, self._late, param_of)
+        call_id, lengths = f"{prefix}-{uuid.uuid4().hex}", [len(prompt.token_ids) for prompt in prompts]
+        meter = CallMeter(self.metrics, record, call_id, lengths, sampling.n)
+        call = Call(call_id, len(prompts), deadline, self._late, param_of, meter)
         try:
             self._send(messages.Submit(call.id, [prompt.token_ids for prompt in prompts], sampling))
         except FrameError as error:
@@ -121,21 +130,22 @@ class Service:
         """Forget a call; what still runs of it is aborted, and gives its pages back."""
         if self._calls.pop(call.id, None) is None:
             return
+        call.close()
         self._send(messages.Abort(call.id, call.count))
         if not self._calls:
             self._idle.set()
 
-    async def stats(self) -> dict[str, Any]:
-        """The engine's counters. Raises `ApiError` if it does not answer."""
+    async def stats(self, seconds: float = STATS_SECONDS) -> dict[str, Any]:
+        """The engine's counters. Raises `ApiError` if it does not answer within so many seconds."""
         if self.error is not None:
             raise _dead(self.error)
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._stats_asked.append(answer)
-        self._send(messages.AskStats())
+        if self._stats_asked is None:  # one question at a time, whoever asks: an engine may hang for long
+            self._stats_asked = asyncio.get_running_loop().create_future()
+            self._send(messages.AskStats())
         try:
-            return await asyncio.wait_for(answer, STATS_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(self._stats_asked), seconds)
         except TimeoutError:
-            message = f"the engine has not answered for {STATS_SECONDS:.0f} s"
+            message = f"the engine has not answered for {seconds:g} s"
             raise ApiError(504, message, code="timeout") from None
 
     async def drain(self, seconds: float) -> None:
@@ -153,17 +163,17 @@ class Service:
             case messages.Progress():
                 self.progress = event
             case messages.Ready(stats):
-                self.facts = stats
+                self.facts = self.metrics.engine = stats
             case messages.Died(reason):
                 self.error = reason
                 self._fail_calls(_dead(reason))
-                for answer in self._stats_asked:
-                    if not answer.done():
-                        answer.set_exception(_dead(reason))
+                if self._stats_asked is not None:
+                    self._stats_asked.set_exception(_dead(reason))
+                    self._stats_asked.exception()  # nobody may be waiting any more
             case messages.Lost():
-                self.lost = event
+                self.lost, self.metrics.worker_lost = event, True
             case messages.Recovered():
-                self.lost = None
+                self.lost, self.metrics.worker_lost = None, False
             case messages.Accepted(call_id) if call := self._calls.get(call_id):
                 call.accept()
             case messages.Rejected(call_id) if call := self._calls.get(call_id):
@@ -178,9 +188,10 @@ class Service:
                     else:
                         call.fail(_worker_lost(news.error))
             case messages.Stats(values):
-                answer = self._stats_asked.popleft()
-                if not answer.done():
-                    answer.set_result(values)
+                self.metrics.engine = values
+                if self._stats_asked is not None:
+                    self._stats_asked.set_result(values)
+                    self._stats_asked = None
 
     def _late(self) -> ApiError:
         """What a call ends with at its deadline."""

@@ -24,6 +24,7 @@ from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.scheduler_config import SchedulerConfig
+from lamina_jax.server.api_keys import read_keys
 from lamina_jax.server.engine_loop import Build, EngineLoop
 from lamina_jax.server.lifecycle import Server
 from lamina_jax.server.listener import listen, url
@@ -216,7 +217,7 @@ def running(
     config = ServerConfig(port=0, **settings)
     listener = listen(config)
     engine = EngineThread(build)
-    server = Server(engine, load_tokenizer, model, config)
+    server = Server(engine, load_tokenizer, model, config, read_keys(config.api_key_file))
     with httpx.Client(base_url=url(listener), timeout=DEADLINE) as client:
 
         def serve() -> None:

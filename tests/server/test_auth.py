@@ -12,7 +12,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from lamina_jax.config import ConfigError
-from lamina_jax.server.auth import KeyGuard, read_keys
+from lamina_jax.server.api_keys import read_keys
+from lamina_jax.server.auth import KeyGuard
 
 KEY, OTHER = "k" * 16, "0123456789abcdef0123456789abcdef"
 

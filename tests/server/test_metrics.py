@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
     metrics, record = ServerMetrics("m"), RequestRecord(request_id="r")
-    meter = CallMeter(metrics, record, [7], 1)
+    meter = CallMeter(metrics, record, "cmpl-1", [7], 1)
     clock.now = 0.05
     meter.take(0, news(1))
     clock.now = 0.09
@@ -76,7 +76,7 @@ def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
 @pytest.mark.parametrize(("error", "reason"), [(None, "abort"), ("worker_lost", "error")])
 def test_what_has_not_ended_when_its_call_does(clock: Clock, error: str | None, reason: str) -> None:
     metrics, record = ServerMetrics("m"), RequestRecord(request_id="r")
-    meter = CallMeter(metrics, record, [3, 4], 2)
+    meter = CallMeter(metrics, record, "cmpl-1", [3, 4], 2)
     clock.now = 1.0
     meter.take(1, news(2, "stop", choice=1))
     meter.take(0, news(1))
@@ -90,6 +90,7 @@ def test_what_has_not_ended_when_its_call_does(clock: Clock, error: str | None, 
     assert values["generation_tokens_total"] == 3
     assert record.fields() | {"total_s": 0} == {
         "request_id": "r",
+        "call_id": "cmpl-1",
         "prompt_tokens": 7,
         "completion_tokens": 3,
         "first_token_s": 1.0,
