@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -98,13 +99,22 @@ class Process:
 
     def sizes(self) -> dict[str, int]:
         """What must not grow: KB of memory, descriptors, threads."""
-        folder = Path(f"/proc/{self.popen.pid}")
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        return {
-            "rss_kb": int(status["VmRSS"].split()[0]),
-            "descriptors": len(list((folder / "fd").iterdir())),
-            "threads": int(status["Threads"]),
-        }
+        return sizes_of(self.popen.pid)
+
+
+def sizes_of(pid: int) -> dict[str, int]:
+    folder = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+    return {
+        "rss_kb": int(status["VmRSS"].split()[0]),
+        "descriptors": len(list((folder / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+    }
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that its main thread has started."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 class WorkerProcess(Process):
@@ -148,13 +158,31 @@ class WorkerProcess(Process):
 
 
 class ServeProcess(Process):
-    """The server over workers, on any port of 127.0.0.1."""
+    """The server over workers, on any port of 127.0.0.1, and its engine's process."""
 
     def __init__(self, checkpoint: str, attention: Sequence[str], *more: str) -> None:
         where = ("--port", "0", "--attention", ",".join(attention))
         command = (sys.executable, "-m", "lamina_jax.serve", checkpoint, *flags(SETTINGS), *where, *more)
         super().__init__(*command)
         self.model = checkpoint
+
+    @property
+    def engine(self) -> int:
+        """The process that holds the workers."""
+        (child,) = children_of(self.popen.pid)
+        return child
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal that stops, or ends a stop, is for both."""
+        if number in (signal.SIGSTOP, signal.SIGCONT):
+            for child in children_of(self.popen.pid):
+                os.kill(child, number)
+        super().send(number)
+
+    def sizes(self) -> dict[str, int]:
+        """Of both together."""
+        engine = sizes_of(self.engine)
+        return {what: size + engine[what] for what, size in super().sizes().items()}
 
     def wait_listening(self) -> ServeProcess:
         url = self.find(r"listening on (http://\S+:\d+)")[1]

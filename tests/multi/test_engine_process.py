@@ -16,7 +16,7 @@ import fake_server
 import httpx
 import pytest
 from fake_server import continuation, in_thread
-from real_processes import MARGIN_SECONDS, Process, Start
+from real_processes import MARGIN_SECONDS, Process, Start, children_of
 from worker_talk import until
 
 pytestmark = pytest.mark.multi
@@ -44,8 +44,8 @@ class FakeServe(Process):
     @property
     def engine(self) -> int:
         """Its process."""
-        (child,) = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
-        return int(child)
+        (child,) = children_of(self.popen.pid)
+        return child
 
     def complete(self, max_tokens: int = LONG, **more: Any) -> httpx.Response:
         body = {"model": "fake", "prompt": "a", "max_tokens": max_tokens} | more

@@ -92,5 +92,5 @@ def test_a_worker_of_another_engine(
     run: Start, checkpoint: str, workers: list[WorkerProcess], server: ServeProcess, expected: list[int]
 ) -> None:
     second = run(ServeProcess, checkpoint, [worker.address for worker in workers])
-    assert_refused(second, workers[0].address, f"process {server.popen.pid}")
+    assert_refused(second, workers[0].address, f"process {server.engine}")
     assert server.complete(16) == expected[:16]
