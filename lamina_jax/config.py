@@ -55,6 +55,7 @@ class EngineConfig:
         kv_dtype: of the KV pages; "auto" takes that of the activations.
         max_model_len: longest prompt + continuation in tokens; None takes the model's own limit.
         max_num_seqs: requests decoded at once.
+        max_waiting: requests that wait for that, each of a prompt's n choices being one; more are refused.
         max_prefill_tokens: longest chunk of a prompt that is prefilled at once; None takes
             min(max_model_len, 1024).
         prefill_stall_ms: how long requests that decode may wait for a chunk of somebody's prompt, in
@@ -87,6 +88,7 @@ class EngineConfig:
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
+    max_waiting: int = 1024
     max_prefill_tokens: int | None = None
     prefill_stall_ms: float = 500.0
     page_size: int = 64
@@ -141,7 +143,15 @@ class EngineConfig:
                 "partition=tokens sends q to every worker, and k, v to one: it cannot send them in one "
                 "message, leave overlap=off out"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "page_size", "num_pages"):
+        positive = (
+            "max_model_len",
+            "max_num_seqs",
+            "max_waiting",
+            "max_prefill_tokens",
+            "page_size",
+            "num_pages",
+        )
+        for name in positive:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continue every prompt; the outputs in the order of the prompts.
+        """Continue every prompt, however many; the outputs in the order of the prompts.
 
         Args:
             prompts: one or several, each a string or a list of token ids.
@@ -57,12 +58,15 @@ class LLM:
             WorkerLost: an attention worker was lost on the way; or it was lost before, and has not come
                 back within `WORKER_SECONDS`. It can be called again.
         """
-        requests = self._requests(_as_list(prompts), sampling_params)
+        requests = deque(self._requests(_as_list(prompts), sampling_params))
+        for request in requests:
+            self.engine.check(request)
         outputs = {request.request_id: _nothing_yet(request) for request in requests}
+        unfinished = len(outputs)
         try:
-            for request in requests:
-                self.engine.submit(request)
-            while not all(output.finished for output in outputs.values()):
+            while unfinished:
+                while requests and requests[0].sampling.n <= self.engine.room:
+                    self.engine.submit(requests.popleft())
                 self._wait_for_worker()
                 news = self.engine.step()
                 if news and self.engine.lost is not None:  # they have ended with an error
@@ -70,6 +74,7 @@ class LLM:
                 for new in news:
                     if new.request_id in outputs:  # the engine may hold requests of others, too
                         outputs[new.request_id].extend(new)
+                        unfinished -= new.finished
         finally:
             for request_id, output in outputs.items():
                 if not output.finished:

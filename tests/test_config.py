@@ -20,6 +20,7 @@ from lamina_jax.config import ConfigError, EngineConfig
         ("overlap", "maybe"),
         ("page_size", 0),
         ("max_num_seqs", -1),
+        ("max_waiting", 0),
         ("max_model_len", True),
         ("num_pages", 2.5),
         ("memory_fraction", 0.0),

@@ -17,6 +17,7 @@ from lamina_jax.compilation import CompilationCounter
 from lamina_jax.core import (
     FinishReason,
     MicrobatchPlan,
+    QueueFull,
     Request,
     RequestOutput,
     Sampled,
@@ -90,14 +91,14 @@ class Engine:
                 raise TypeError(f"a prompt is text or a list of token ids; got {token!r} in it")
         return Request(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def check(self, request: Request) -> None:
+        """Refuse a request that this engine can never serve.
 
         Raises:
-            ValueError: it cannot be served (too long, unknown token ids, an id in use); nothing else
-                is affected.
+            ValueError: it is too long, names unknown token ids, asks for what needs a tokenizer that is not
+                there, or is more choices than may wait.
         """
-        sampling, request_id = request.sampling, request.request_id
+        sampling = request.sampling
         for name, tokens in (
             ("prompt", request.prompt_token_ids),
             ("logit_bias", sampling.logit_bias),
@@ -108,11 +109,31 @@ class Engine:
                 raise ValueError(f"{name}: token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer.json: stop needs one, use stop_token_ids")
-        if request_id in self._live:
+        if sampling.n > (most := self.scheduler.config.max_waiting):
+            raise ValueError(
+                f"n={sampling.n} choices are more than may wait: lower n, or raise max_waiting={most}"
+            )
+        child = self._children(request)[0]  # the others are like it
+        check_edits(child)
+        self.scheduler.check(child)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; nothing of it is held where it is refused.
+
+        Raises:
+            ValueError: its id is in use, or `check` refuses it.
+            QueueFull: its choices would be more than may wait; it can be sent again later.
+        """
+        request_id, children = request.request_id, self._children(request)
+        if request_id in self._live or any(child.request_id in self._choices for child in children):
             raise ValueError(f"request {request_id!r} is already held: use another request_id")
-        children = self._children(request)
-        check_edits(children[0])
-        for child in children:  # alike: if one is refused, the first is
+        self.check(request)
+        if len(children) > self.room:
+            raise QueueFull(
+                f"{self.scheduler.num_waiting} requests wait, and {len(children)} more would exceed "
+                f"max_waiting={self.scheduler.config.max_waiting}: send it again later, or raise max_waiting"
+            )
+        for child in children:
             self.scheduler.add(child)
         live = self._live[request_id] = PromptOutput(request, children, self.tokenizer)
         self._choices.update((choice.request.request_id, (live, choice)) for choice in live.choices)
@@ -159,6 +180,11 @@ class Engine:
         del self._live[live.request.request_id]
         for choice in live.choices:
             self._choices.pop(choice.request.request_id, None)
+
+    @property
+    def room(self) -> int:
+        """How many more requests may wait, each choice of a prompt being one."""
+        return self.scheduler.room
 
     @property
     def has_work(self) -> bool:
@@ -247,6 +273,9 @@ class Engine:
         return {
             "requests_running": scheduler.num_running,
             "requests_waiting": scheduler.num_waiting,
+            "preemptions": scheduler.preemptions,
+            "prompt_tokens": scheduler.prompt_tokens,
+            "generation_tokens": scheduler.generation_tokens,
             "pages_free": scheduler.pages.num_free,
             "pages_used": scheduler.pages.num_used,
             "pages_total": scheduler.pages.num_pages,

@@ -23,6 +23,7 @@ class Limits:
     microbatches: int
     overlap: bool
     page_size: int
+    max_waiting: int
     partition: PartitionKind = "heads"
     workers: int = 1
 
@@ -59,6 +60,7 @@ class Limits:
             page_size=self.page_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
+            max_waiting=self.max_waiting,
             microbatches=self.microbatches,
             decode_buckets=self.decode_buckets,
             prefill_buckets=self.prefill_buckets,
@@ -94,6 +96,7 @@ def resolve_limits(
     return Limits(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_waiting=config.max_waiting,
         max_prefill_tokens=config.max_prefill_tokens or min(max_model_len, DEFAULT_PREFILL_TOKENS),
         microbatches=chosen if config.microbatches == "auto" else config.microbatches,
         # By token, q goes to every worker and k, v to one: they never share a message.

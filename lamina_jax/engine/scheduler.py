@@ -86,27 +86,32 @@ class Scheduler:
         """A request has not ended, or a step is in flight and must still be given to `update`."""
         return bool(self._requests or self._in_flight)
 
+    @property
+    def room(self) -> int:
+        """How many more requests the queue takes within `max_waiting`."""
+        return max(0, self.config.max_waiting - len(self._waiting))
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never be served.
+
+        Raises:
+            ValueError: the prompt is empty or longer than `max_model_len` - 1, or the request alone needs
+                more pages than there are.
+        """
+        self._checked(request)
+
     def add(self, request: Request) -> None:
         """Queue a request. Its `max_tokens` is clipped to what fits `max_model_len`.
 
+        Who adds more than there is `room` for bounds the queue in another way.
+
         Raises:
-            ValueError: the id is held already, the prompt is empty or longer than `max_model_len` - 1,
-                or the request alone needs more pages than there are.
+            ValueError: the id is held already, or the request can never be served.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
-        prompt_len, max_tokens = len(request.prompt_token_ids), self._max_tokens(request)
-        live = LiveRequest(request, max_tokens, self._arrivals)
-        num_pages = self.pages.pages_for(live.most_cached)
-        if num_pages > self.config.most_pages:
-            holder = {"heads": "the pool has", "requests": "each worker has"}.get(
-                self.config.partition, f"each of {self.config.workers} workers has"
-            )
-            raise ValueError(
-                f"request {request.request_id!r}: {prompt_len} prompt tokens and {max_tokens} new ones need "
-                f"{num_pages} pages, {holder} num_pages={self.config.num_pages} (page_size="
-                f"{self.config.page_size}): lower max_tokens, shorten the prompt or raise num_pages"
-            )
+        live = self._checked(request)
+        live.arrival = self._arrivals
         self._arrivals += 1
         self._requests[request.request_id] = live
         self._waiting[request.request_id] = live
@@ -209,6 +214,20 @@ class Scheduler:
             raise RuntimeError(
                 f"the scheduler is idle but {self.pages.num_used} of {self.pages.num_pages} pages are in use"
             )
+
+    def _checked(self, request: Request) -> LiveRequest:
+        live = LiveRequest(request, self._max_tokens(request))
+        num_pages = self.pages.pages_for(live.most_cached)
+        if num_pages > self.config.most_pages:
+            holder = {"heads": "the pool has", "requests": "each worker has"}.get(
+                self.config.partition, f"each of {self.config.workers} workers has"
+            )
+            raise ValueError(
+                f"request {request.request_id!r}: {live.prompt_len} prompt tokens and {live.max_tokens} new "
+                f"ones need {num_pages} pages, {holder} num_pages={self.config.num_pages} (page_size="
+                f"{self.config.page_size}): lower max_tokens, shorten the prompt or raise num_pages"
+            )
+        return live
 
     def _max_tokens(self, request: Request) -> int:
         """How many tokens `request` may generate; ValueError if its prompt cannot be served."""

@@ -16,6 +16,7 @@ _POSITIVE = (
     "page_size",
     "max_model_len",
     "max_num_seqs",
+    "max_waiting",
     "microbatches",
     "workers",
 )
@@ -31,6 +32,7 @@ class SchedulerConfig:
         page_size: p, tokens per page.
         max_model_len: longest prompt + continuation in tokens.
         max_num_seqs: requests that hold pages at once.
+        max_waiting: requests in the queue beyond which the engine takes no more.
         microbatches: n, decode microbatches.
         decode_buckets: the row counts B that a decode microbatch can have, ascending.
         prefill_buckets: the (B, Q) that a prefill microbatch can have: chunks of at most Q tokens of B
@@ -51,6 +53,7 @@ class SchedulerConfig:
     prefill_buckets: tuple[tuple[int, int], ...]
     prefill_seconds: tuple[float, ...] | None = None
     prefill_stall: float = float("inf")
+    max_waiting: int = 1024
     partition: PartitionKind = "heads"
     workers: int = 1
 

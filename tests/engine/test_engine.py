@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from whole_outputs import gather
 
-from lamina_jax.core import Request, RequestOutput, SamplingParams
+from lamina_jax import LLM
+from lamina_jax.core import QueueFull, Request, RequestOutput, SamplingParams
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
 from lamina_jax.testing import FakeModel, FakeRunner
@@ -23,6 +24,7 @@ def engine() -> Engine:
         page_size=4,
         max_model_len=24,
         max_num_seqs=4,
+        max_waiting=6,
         microbatches=2,
         decode_buckets=(1, 2),
         prefill_buckets=((1, 5), (2, 3)),
@@ -83,6 +85,7 @@ def test_an_abort_ends_every_continuation(engine: Engine) -> None:
         (request(stop="x"), "stop needs one"),
         (request(prompt=()), "empty"),
         (request(prompt=(1,) * 24), "max_model_len"),
+        (request(n=7), "n=7 choices .* max_waiting=6"),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_nothing_is_held(
@@ -95,3 +98,47 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_held(
     with pytest.raises(ValueError, match="already held"):
         engine.submit(request())
     run(engine)
+
+
+def test_an_id_that_a_choice_has_is_refused(engine: Engine) -> None:
+    engine.submit(request("a#1"))
+    with pytest.raises(ValueError, match="'a' is already held"):
+        engine.submit(request("a", n=2))
+    assert run(engine).keys() == {"a#1"}
+
+
+def test_a_full_queue_takes_no_more_and_holds_nothing_of_it(engine: Engine) -> None:
+    for number in range(4):
+        engine.submit(request(f"r{number}"))
+    with pytest.raises(QueueFull, match="4 requests wait, and 3 more would exceed max_waiting=6"):
+        engine.submit(request("r", n=3))
+    engine.submit(request("two", n=2))
+    with pytest.raises(QueueFull):
+        engine.submit(request("r"))
+    assert engine.stats()["requests_waiting"] == 6
+    engine.step()  # four are admitted
+    engine.submit(request("r"))
+    outputs = run(engine)
+    assert outputs.keys() == {"r0", "r1", "r2", "r3", "two", "r"}
+    alone = MODEL.generate((1, 2, 3), 5)
+    assert all(choice.token_ids == alone for output in outputs.values() for choice in output.outputs)
+
+
+def test_generate_takes_more_prompts_than_may_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina_jax.llm.build_engine", lambda *_, **__: engine)
+    llm, params = LLM("fake"), SamplingParams(n=2, max_tokens=3, temperature=0)
+    prompts = [[number] for number in range(20)]
+    with pytest.raises(ValueError, match="token id 97"):
+        llm.generate([*prompts, [97]], params)
+    assert not engine.has_work
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        assert [choice.token_ids for choice in output.outputs] == [MODEL.generate(prompt, 3)] * 2
+
+
+def test_what_is_counted(engine: Engine) -> None:
+    engine.submit(request(n=2))
+    engine.submit(request("other", (7,) * 11, max_tokens=2))
+    run(engine)
+    stats = engine.stats()
+    assert (stats["prompt_tokens"], stats["generation_tokens"]) == (2 * 3 + 11, 2 * 5 + 2)
+    assert (stats["preemptions"], stats["requests_running"], stats["requests_waiting"]) == (0, 0, 0)
