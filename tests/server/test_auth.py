@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_server import FakeEngine, continuation, running
 from starlette.responses import PlainTextResponse
 
 from lamina_jax.config import ConfigError
@@ -135,3 +136,23 @@ def test_a_file_that_everybody_can_read_is_warned_of(file: Path, caplog: pytest.
         read_keys(str(file))
     assert "chmod o-r" in caplog.text
     assert KEY not in caplog.text
+
+
+def test_a_server_with_keys(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the file to the answers; nothing that it says or prints holds a key."""
+    with running(FakeEngine().build, api_key_file=str(file)) as server:
+        body = {"model": "fake", "prompt": "abc", "max_tokens": 4}
+        shown = {"authorization": f"Bearer {OTHER}"}
+        refused = server.client.post("/v1/completions", json=body)
+        assert refused.status_code == 401
+        assert refused.headers["x-request-id"]
+        assert server.client.get("/stats").status_code == server.client.get("/metrics").status_code == 401
+        assert server.client.get("/health").status_code == server.client.get("/ready").status_code == 200
+        answer = server.client.post("/v1/completions", json=body, headers=shown)
+        assert answer.json()["choices"][0]["text"] == continuation("abc", 4)
+        pages = [server.client.get(path, headers=shown) for path in ("/stats", "/metrics", "/v1/models")]
+        assert [page.status_code for page in pages] == [200] * 3
+    printed = capfd.readouterr()
+    for text in (answer.text, *(page.text for page in pages), printed.out, printed.err):
+        assert KEY not in text
+        assert OTHER not in text

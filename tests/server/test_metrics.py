@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+
 import pytest
+from fake_server import DEADLINE, NUM_PAGES, FakeEngine, Running, in_thread, pages_are_back, running
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamina_jax.core import CompletionOutput, FinishReason, RequestOutput
@@ -10,15 +15,17 @@ from lamina_jax.server.call_meter import CallMeter
 from lamina_jax.server.metrics import ServerMetrics
 from lamina_jax.server.request_log import RequestRecord
 
+Report = Callable[[str, int, int], None]
 
-def read(page: bytes) -> dict[str, float]:
-    """The samples of the model "m", by name and any other label."""
+
+def read(page: bytes, model: str = "m") -> dict[str, float]:
+    """The samples of a model, by name and any other label."""
     values = {}
     for family in text_string_to_metric_families(page.decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
             if sample.name.startswith("lamina:"):
-                assert labels.pop("model_name") == "m"
+                assert labels.pop("model_name") == model
                 assert family.documentation
             values[" ".join([sample.name.removeprefix("lamina:"), *labels.values()])] = sample.value
     return values
@@ -137,3 +144,81 @@ def test_what_the_engine_says() -> None:
 
 def test_the_servers_process_is_told_of() -> None:
     assert read(ServerMetrics("m").page())["process_resident_memory_bytes"] > 2**20
+
+
+def scrape(server: Running) -> dict[str, float]:
+    response = server.client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return read(response.content, "fake")
+
+
+def test_requests_over_http() -> None:
+    with running(FakeEngine().build) as server:
+        before = scrape(server)
+        assert before["request_success_total length"] == 0
+        server.complete("hello", max_tokens=7)
+        server.complete(["ab", "c"], max_tokens=3, n=2, stream=True)
+        assert server.complete("a" * 1000).status_code == 400
+        server.wait_for("/stats", pages_are_back)
+        values = scrape(server)
+        expected = {
+            "prompt_tokens_total": 5 + 2 * (2 + 1),
+            "generation_tokens_total": 7 + 3 * 4,
+            "request_success_total length": 5,
+            "request_success_total abort": 0,
+            "time_to_first_token_seconds_count": 5,
+            "inter_token_latency_seconds_count": 6 + 2 * 4,
+            "e2e_request_latency_seconds_count": 5,
+            "request_prompt_tokens_sum": 11,
+            "request_generation_tokens_bucket 5.0": 4,
+            "num_requests_running": 0,
+            "num_requests_waiting": 0,
+            "kv_cache_usage_perc": 0,
+            "num_preemptions_total": 0,
+            "compilations_after_ready_total": 0,
+            "worker_lost": 0,
+        }
+        assert {name: values[name] for name in expected} == expected
+
+
+def test_a_client_that_leaves_is_an_abort() -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.step_seconds = 0.02
+        body = {"model": "fake", "prompt": "a", "max_tokens": 100, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_raw())
+        server.wait_for("/stats", pages_are_back)
+        values = scrape(server)
+        assert values["request_success_total abort"] == 1
+        assert 0 < values["generation_tokens_total"] < 100
+        assert values["e2e_request_latency_seconds_count"] == 0
+
+
+def test_an_engine_that_hangs_does_not_hang_a_scrape() -> None:
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        thread, _ = in_thread(lambda: server.complete("a", max_tokens=5))
+        assert fake.runner.reading.wait(DEADLINE)
+        started = time.monotonic()
+        assert scrape(server)["pages_total"] == scrape(server)["pages_free"]  # as it was at its start
+        assert time.monotonic() - started < 10
+        fake.runner.gate.set()
+        thread.join(DEADLINE)
+        assert scrape(server)["generation_tokens_total"] == 5
+
+
+def test_before_the_engine_is_ready() -> None:
+    def slow(report: Report) -> None:
+        assert may_go_on.wait(DEADLINE)
+
+    may_go_on = threading.Event()
+    with running(FakeEngine(before=slow).build, ready=False) as server:
+        values = scrape(server)
+        assert values["request_success_total stop"] == 0
+        assert "pages_total" not in values
+        may_go_on.set()
+        server.wait_ready()
+        assert scrape(server)["pages_total"] == NUM_PAGES

@@ -6,9 +6,11 @@ import asyncio
 import json
 import logging
 import sys
+import time
 
 import httpx
 import pytest
+from fake_server import DEADLINE, Running, continuation
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -123,3 +125,38 @@ def test_a_failure_is_logged_with_its_traceback() -> None:
     assert body["message"] == "died 3"
     assert "RuntimeError: broken" in body["exception"]
     assert "RuntimeError: broken" in TextFormatter().format(record)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_line_of_a_completion(fake: Running, caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    response = fake.client.post(
+        "/v1/completions",
+        json={"model": "fake", "prompt": ["hide", "this"], "max_tokens": 6, "stream": stream},
+        headers={"x-request-id": "mine"},
+    )
+    assert response.headers["x-request-id"] == "mine"
+    fields = json.loads(wait_for_line(caplog))
+    assert fields["message"] == "POST /v1/completions 200"
+    assert fields["call_id"] in response.text
+    assert (fields["prompt_tokens"], fields["completion_tokens"]) == (8, 12)
+    assert 0 < fields["first_token_s"] <= fields["total_s"]
+    assert fields["finish_reason"] == "length"
+    assert "hide" not in caplog.text
+    assert continuation("hide", 6) not in caplog.text
+
+
+def test_the_line_of_a_refusal(fake: Running, caplog: pytest.LogCaptureFixture) -> None:
+    response = fake.complete("a" * 1000)
+    fields = json.loads(wait_for_line(caplog))
+    assert fields["message"] == "POST /v1/completions 400"
+    assert fields["error"] == response.json()["error"]["code"] == "context_length_exceeded"
+    assert "aaa" not in caplog.text
+
+
+def wait_for_line(caplog: pytest.LogCaptureFixture) -> str:
+    """The server writes it after the answer's end."""
+    deadline = time.monotonic() + DEADLINE
+    while not any(record.name == "lamina_jax.server.request_log" for record in caplog.records):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return line(caplog, JsonFormatter())
