@@ -23,9 +23,9 @@ pytestmark = [pytest.mark.load, pytest.mark.timeout(600)]
 
 OTHERS, TOKENS = 32, 100
 CHOICES, LONG = 16, 200
-MOST_SLOWDOWN = 1.8
-"""The others' time per token, of what it is while the slow client is not there. It takes a third of the
-rows, and the machine is noisy."""
+MOST_SLOWDOWN = 2.5
+"""The others' time per token, of what it is while the slow client is not there. It takes a third of the rows,
+with everything that is dear to tell, and the machine is noisy; to be held up would take many times as long."""
 
 READ_SECONDS = 60.0
 
