@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +21,7 @@ from lamina_jax.server.auth import KeyGuard
 from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
-from lamina_jax.server.errors import ApiError, as_api_error
+from lamina_jax.server.errors import ApiError, ErrorBody, as_api_error
 from lamina_jax.server.prompts import TextOrIds, encode_prompts
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from lamina_jax.server.request_log import RequestLog
@@ -35,12 +35,22 @@ UNREAD_SECONDS = 5.0
 SCRAPE_SECONDS = 1.0
 """What the engine gets to answer Prometheus; then it is told what was known before."""
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is at fault."},
+    "5XX": {"model": ErrorBody, "description": "The server is, or cannot answer now."},
+}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or not any more, and why."}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, its chunks."}
+}
+"""For `/openapi.json`."""
+
 router = APIRouter()
 
 
 def create_app(service: Service, keys: tuple[bytes, ...] = ()) -> ASGIApp:
     """The web application over a service; `keys`: of which requests show one, none: they need not."""
-    app = FastAPI(title="lamina_jax", version=lamina_jax.__version__)
+    app = FastAPI(title="lamina_jax", version=lamina_jax.__version__, responses=ERRORS)
     app.state.service = service
     app.include_router(router)
     app.add_middleware(_BodyLimit)
@@ -56,7 +66,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@router.get("/ready", responses=NOT_READY)
 async def ready(request: Request) -> Response:
     """200 while requests are served; else 503 with the phase of the start, or the worker that is lost."""
     service = _service(request)
@@ -73,7 +83,7 @@ async def stats(request: Request) -> Response:
     return JSONResponse(await service.stats())
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """For Prometheus: what the server counts, and what the engine said last."""
     service = _service(request)
@@ -92,14 +102,14 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [model | {"max_model_len": facts["max_model_len"]}]})
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts, at once or as server-sent events."""
     _require_model(_service(request), body.model)
     return await _generate(request, body, body.prompt, CompletionAnswer, echo=bool(body.echo))
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, at once or as server-sent events."""
     service = _service(request)

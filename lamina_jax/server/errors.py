@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+
+
+class Error(BaseModel):
+    """What went wrong, of what type, in which field, and a code for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Error
 
 
 class ApiError(HTTPException):
@@ -26,9 +42,10 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
+        kind: Literal["invalid_request_error", "server_error"]
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
-        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        error = Error(message=self.detail, type=kind, param=self.param, code=self.code)
+        return ErrorBody(error=error).model_dump()
 
 
 def as_api_error(error: Exception) -> ApiError:
