@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-multi test-parity lint format proto clean
+.PHONY: install serve test test-slow test-multi test-load test-parity lint format proto clean
 
 install: .venv/.installed
 
@@ -16,9 +16,13 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
-# Starts processes of its own; some tests need to be root. The soak of three minutes is one of test-slow.
+# Starts processes of its own; some tests need to be root.
 test-multi: install
-	$(BIN)/python -m pytest -q -m "multi and not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "multi and not slow and not load" $(ARGS)
+
+# Load, soak, long fuzzing, client libraries: tests that litellm and langchain-openai are missing for are skipped.
+test-load: install
+	$(BIN)/python -m pytest -q -m load $(ARGS)
 
 # Makes the reference fixtures anew with torch and transformers, then compares with them.
 test-parity: .venv-parity/.installed

@@ -10,7 +10,7 @@ import time
 import pytest
 from real_processes import VOCABULARY, Process, ServeProcess, WorkerProcess
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.load, pytest.mark.timeout(600)]
 
 WARM_UP_SECONDS, SOAK_SECONDS = 30.0, 180.0
 MOST_GROWTH = {"rss_kb": 6_000, "descriptors": 0, "threads": 0}
