@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import weakref
@@ -12,10 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-log = logging.getLogger(__name__)
-
 Job = tuple[str, Callable[[], None]]
 """A program to be compiled: its name, and the call that compiles it."""
+
+
+class Footprint(NamedTuple):
+    """Bytes on each device that a program needs beside its arguments while it runs.
+
+    Attributes:
+        temporaries: given back when it ends.
+        results: what it returns, but for arguments that were given up for it.
+    """
+
+    temporaries: int
+    results: int
 
 
 class Compilation:
@@ -46,6 +55,22 @@ class Compilation:
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
 
+    def num_bytes(self, argument: int) -> int:
+        """Of one of its arguments."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._inputs[argument]))
+
+    @property
+    def footprint(self) -> Footprint:
+        """What XLA says of the compiled program."""
+        told = self.compiled.memory_analysis()
+        return Footprint(told.temp_size_in_bytes, told.output_size_in_bytes - told.alias_size_in_bytes)
+
+
+def largest(programs: Iterable[Compilation]) -> Footprint:
+    """The most that any of the compiled `programs` needs."""
+    footprints = [program.footprint for program in programs if program.compiled is not None]
+    return Footprint(*(max(sizes) for sizes in zip(Footprint(0, 0), *footprints, strict=True)))
+
 
 class Compiled(NamedTuple):
     """What compiling took: programs, those of them that the persistent cache had, and seconds."""
@@ -53,6 +78,12 @@ class Compiled(NamedTuple):
     programs: int
     from_cache: int
     seconds: float
+
+    def and_then(self, other: Compiled) -> Compiled:
+        """Of both, one after the other."""
+        return Compiled(
+            self.programs + other.programs, self.from_cache + other.from_cache, self.seconds + other.seconds
+        )
 
     def __str__(self) -> str:
         new = self.programs - self.from_cache
@@ -76,9 +107,7 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> Comp
     finally:
         # After an error, programs that are being compiled are not waited for: each can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
-    compiled = Compiled(counter.count, counter.from_cache, time.monotonic() - started)
-    log.info("%s", compiled)
-    return compiled
+    return Compiled(counter.count, counter.from_cache, time.monotonic() - started)
 
 
 def num_cores() -> int:
@@ -96,7 +125,9 @@ class CompilationCounter:
     """
 
     def __init__(self) -> None:
-        asked, found = self._asked, self._found = [], []
+        asked: list[str] = []
+        found: list[str] = []
+        self._asked, self._found = asked, found
 
         def listen_to_durations(event: str, duration_secs: float, **_: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -29,10 +30,10 @@ def keep_programs(folder: str | None) -> None:
             runs. None takes the one that JAX has been given ($JAX_COMPILATION_CACHE_DIR), else
             `default_folder()`, unless JAX has been told to keep nothing. "off" keeps nothing.
     """
-    if folder == OFF or (folder is None and not jax.config.jax_enable_compilation_cache):
+    if folder == OFF or (folder is None and not _setting("jax_enable_compilation_cache")):
         _set(jax_enable_compilation_cache=False)
         return
-    path = Path(folder or jax.config.jax_compilation_cache_dir or default_folder()).expanduser()
+    path = Path(folder or _setting("jax_compilation_cache_dir") or default_folder()).expanduser()
     if not _can_write(path):
         _set(jax_enable_compilation_cache=False)
         return
@@ -65,8 +66,12 @@ def _can_write(folder: Path) -> bool:
         return False
 
 
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
 def _set(**settings: bool | str | float) -> None:
-    if all(getattr(jax.config, name) == value for name, value in settings.items()):
+    if all(_setting(name) == value for name, value in settings.items()):
         return
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -1,4 +1,4 @@
-"""How much memory devices have for a KV cache. Knows nothing of who will fill it."""
+"""How much memory devices have. Knows nothing of who will fill it, and with what."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from lamina_jax.config import ConfigError
 
 ACCELERATOR_FRACTION = 0.9
 HOST_FRACTION = 0.4
+
+
+def memory_name(device: jax.Device) -> str:
+    """The memory that a device works in: its own, or "host", which all CPU devices share."""
+    return "host" if device.platform == "cpu" else str(device)
+
+
+def memory_size(device: jax.Device) -> int:
+    """Bytes of it: an accelerator's limit, or what is free now of main memory.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    return host_memory() if device.platform == "cpu" else _device_memory(device)
 
 
 def default_fraction(devices: Sequence[jax.Device]) -> float:

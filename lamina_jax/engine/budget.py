@@ -1,115 +1,196 @@
-"""How many KV pages there are, from the memory of the devices that hold them."""
+"""How the memory of each device is shared out, and how many KV pages that leaves room for.
+
+It knows what is needed where as bytes; what programs need was asked of XLA after it had compiled them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax
+
+from lamina_jax.compilation import Footprint
 from lamina_jax.config import ConfigError, EngineConfig
-from lamina_jax.devices import Devices
 from lamina_jax.engine.limits import Limits
-from lamina_jax.memory import available_memory, default_fraction
-from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.memory import memory_name, memory_size
 
 
-@dataclass(frozen=True, kw_only=True)
-class Available:
-    """Memory that may hold pages.
+class Room(NamedTuple):
+    """Memory that one budget covers: `size` bytes, of which `fraction` may be used."""
+
+    size: int
+    fraction: float
+
+    @property
+    def usable(self) -> int:
+        return int(self.size * self.fraction)
+
+
+class Needs(NamedTuple):
+    """Bytes in one room.
 
     Attributes:
-        bytes: of all devices of the cache together.
-        fraction: of it that may be used, `EngineConfig.memory_fraction` or what it defaults to.
-        weights: how many compute devices' weights are to be taken from it.
+        weights: of the model.
+        temporaries: of the programs that may run at once.
+        in_flight: what programs were given and have returned, as far ahead as they are queued.
+        page: of one page id, in all layers.
     """
 
-    bytes: int
-    fraction: float
-    weights: int
+    weights: int = 0
+    temporaries: int = 0
+    in_flight: int = 0
+    page: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """Whatever the number of pages."""
+        return self.weights + self.temporaries + self.in_flight
+
+    def and_of(self, other: Needs) -> Needs:
+        """Of both, in one room."""
+        return Needs(*map(sum, zip(self, other, strict=True)))
+
+
+Share = tuple[str, Needs]
+"""The name of a room, and what one device needs there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes, and the pages that they allow.
+    """Rooms, what is needed in each, and the pages that they allow.
 
     Attributes:
-        num_pages: of each part of the cache; `parts`: how many there are.
-        page_bytes: of one page, over all devices of a part.
-        weight_bytes: on each of the compute mesh's `compute_devices`.
+        num_pages: of each part of the cache.
+        page_size: tokens of a page.
     """
 
     num_pages: int
-    parts: int
-    page_bytes: int
-    weight_bytes: int
-    available: Available
-    compute_devices: int
+    page_size: int
+    rooms: Mapping[str, Room]
+    needs: Mapping[str, Needs]
 
-    def table(self, page_size: int) -> str:
-        """The budget as lines to print; sizes in MiB."""
-        of_each = f" on each of {self.parts} workers" if self.parts > 1 else ""
-        size, fraction = self.available.bytes, self.available.fraction
-        rows = [
-            ("memory of the cache's devices", size),
-            (f"usable (memory_fraction={fraction:g})", int(size * fraction)),
-            (self._weights_row, self.weight_bytes),
-            (
-                f"KV cache: {self.num_pages} pages of {page_size} tokens{of_each}",
-                self.parts * self.num_pages * self.page_bytes,
-            ),
-        ]
-        return "\n".join(f"{name:<58}{size / 2**20:>12,.1f} MiB" for name, size in rows)
+    def table(self) -> str:
+        """The budget to print, in bytes: below "usable", a column's rows add up to it."""
+        columns: dict[tuple[Room, Needs], list[str]] = {}
+        for name, needs in self.needs.items():  # like devices share a column
+            columns.setdefault((self.rooms[name], needs), []).append(name)
+        pages = f"KV cache: {self.num_pages} pages of {self.page_size} tokens"
+        cells: dict[str, Callable[[Room, Needs], str]] = {
+            "memory": lambda room, _: f"{room.size:,}",
+            "memory_fraction": lambda room, _: f"{room.fraction:g}",
+            "usable": lambda room, _: f"{room.usable:,}",
+            "weights": lambda _, needs: f"{needs.weights:,}",
+            "temporaries of programs": lambda _, needs: f"{needs.temporaries:,}",
+            "in flight": lambda _, needs: f"{needs.in_flight:,}",
+            pages: lambda _, needs: f"{self.num_pages * needs.page:,}",
+            "unused": lambda room, needs: f"{room.usable - self._filled(needs):,}",
+        }
+        rows = [["memory budget, bytes", *(", ".join(names) for names in columns.values())]]
+        for name, cell in cells.items():
+            rows.append([name, *(cell(*column) for column in columns)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+        )
 
-    @property
-    def _weights_row(self) -> str:
-        each = f" on each of {self.compute_devices} compute devices" if self.compute_devices > 1 else ""
-        return f"weights{each}" + ("" if self.available.weights else " (on other devices)")
+    def _filled(self, needs: Needs) -> int:
+        """Bytes of a room that are spoken for."""
+        return needs.fixed + self.num_pages * needs.page
+
+
+def rooms_of(devices: Sequence[jax.Device], fraction: float) -> dict[str, Room]:
+    """The memories of `devices`, as they are now.
+
+    Raises:
+        ConfigError: a device that does not say how much it has.
+    """
+    found = {memory_name(device): device for device in devices}
+    return {name: Room(memory_size(device), fraction) for name, device in found.items()}
+
+
+def shares_of(
+    devices: Sequence[jax.Device],
+    needs: Footprint,
+    *,
+    weights: int = 0,
+    page: int = 0,
+    limits: Limits,
+    ahead: int,
+) -> list[Share]:
+    """What each of like `devices` needs.
+
+    Args:
+        needs: of the largest program.
+        ahead: how many programs' results there are before the first is used.
+    """
+    # An accelerator runs one program after the other; a CPU device those of all microbatches, one of
+    # which is of prefill, at once.
+    at_once = limits.microbatches + 1 if devices[0].platform == "cpu" else 1
+    each = Needs(weights, at_once * needs.temporaries, ahead * needs.results, page)
+    return [(memory_name(device), each) for device in devices]
+
+
+def wanted_pages(limits: Limits) -> int:
+    """Pages of each part of the cache for as many sequences of full length as run at once."""
+    parts = limits.workers
+    requests = -(-limits.max_num_seqs // parts) if limits.partition == "requests" else limits.max_num_seqs
+    return requests * _longest(limits)
 
 
 def plan_budget(
-    config: EngineConfig,
-    geometry: CacheGeometry,
-    limits: Limits,
-    available: Available,
-    *,
-    weight_bytes: int,
-    compute_devices: int,
+    rooms: Mapping[str, Room], shares: Sequence[Share], config: EngineConfig, limits: Limits
 ) -> Budget:
-    """As many pages as the memory allows, but no more than all sequences at full length need.
-
-    Args:
-        weight_bytes: on each compute device.
+    """As many pages as there is room for, but no more than `wanted_pages`.
 
     Raises:
-        ConfigError: not even one request of full length fits; the text names what to change.
+        ConfigError: not even one request of full length fits, or not as many pages as `config.num_pages`
+            asks for; the text names what to change.
     """
-    parts = limits.workers
-    usable = int(available.bytes * available.fraction) - weight_bytes * available.weights
+    needs: dict[str, Needs] = {}
+    for name, share in shares:
+        needs[name] = needs.get(name, Needs()).and_of(share)
+    num_pages = config.num_pages or wanted_pages(limits)
+    for name, need in needs.items():
+        left = rooms[name].usable - need.fixed
+        if need.page and config.num_pages is None:
+            num_pages = min(num_pages, max(left, 0) // need.page)
+        least = (config.num_pages or _longest(limits)) * need.page
+        if left < least:
+            raise ConfigError(_refusal(name, rooms[name], need, least, config, limits))
+    return Budget(num_pages=num_pages, page_size=limits.page_size, rooms=rooms, needs=needs)
+
+
+def _longest(limits: Limits) -> int:
+    """Pages of each part for one request of full length."""
     longest = limits.pages_per_request
-    each = -(-longest // parts) if limits.partition == "tokens" else longest
-    requests = -(-limits.max_num_seqs // parts) if limits.partition == "requests" else limits.max_num_seqs
-    wanted = config.num_pages or min(requests * each, usable // parts // geometry.bytes_per_page)
-    if config.num_pages is None and wanted < each:
-        raise ConfigError(
-            f"a request of max_model_len={limits.max_model_len} tokens needs {longest} KV pages "
-            f"({longest * geometry.bytes_per_page / 2**20:,.0f} MiB), and memory_fraction="
-            f"{available.fraction:g} leaves {max(usable, 0) / 2**20:,.0f} MiB"
-            + (f" on {parts} workers" if parts > 1 else "")
-            + ": lower max_model_len, raise memory_fraction or set num_pages"
+    return -(-longest // limits.workers) if limits.partition == "tokens" else longest
+
+
+def _refusal(name: str, room: Room, need: Needs, least: int, config: EngineConfig, limits: Limits) -> str:
+    """Why that does not fit, and the flag that changes most of it."""
+    if config.num_pages is not None:
+        what, change = f"--num-pages={config.num_pages}", "lower --num-pages"
+    else:
+        what = f"one request of --max-model-len={limits.max_model_len}"
+        change = f"lower --max-model-len={limits.max_model_len}"
+    programs = need.temporaries + need.in_flight
+    if room.usable < need.weights:
+        change = "choose a smaller model or other devices"
+    elif programs > least:
+        change = (
+            f"lower --max-prefill-tokens={limits.max_prefill_tokens} or --max-num-seqs={limits.max_num_seqs}"
         )
-    return Budget(
-        num_pages=wanted,
-        parts=parts,
-        page_bytes=geometry.bytes_per_page,
-        weight_bytes=weight_bytes,
-        available=available,
-        compute_devices=compute_devices,
+    sizes = {
+        "usable": room.usable,
+        "weights": need.weights,
+        "temporaries": need.temporaries,
+        "in flight": need.in_flight,
+        f"pages for {what}": least,
+    }
+    told = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in sizes.items())
+    return (
+        f"the memory of {name} ({room.size / 2**20:,.1f} MiB at --memory-fraction={room.fraction:g}) is too "
+        f"small: {told}; {change}, or raise --memory-fraction"
     )
-
-
-def available_on(devices: Devices, fraction: float | None) -> Available:
-    """What the memory devices of this process have."""
-    fraction = default_fraction(devices.memory) if fraction is None else fraction
-    size = available_memory(devices.memory)
-    on_host = devices.memory[0].platform == "cpu"
-    # Weights that are loaded already are gone from a host's free memory, but not from a device's limit.
-    sharing = len(devices.compute) if on_host else len(set(devices.compute) & set(devices.memory))
-    return Available(bytes=size, fraction=fraction, weights=sharing)

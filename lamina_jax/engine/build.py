@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,22 +14,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lamina_jax.compilation import CompilationCounter, Job, compile_all
+from lamina_jax.compilation import CompilationCounter, compile_all
 from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices, choose_devices
+from lamina_jax.engine.assembly import Assembly, Collocated, Split
 from lamina_jax.engine.buckets import SMALLEST_BATCH
-from lamina_jax.engine.budget import available_on, plan_budget
+from lamina_jax.engine.budget import Room, plan_budget, rooms_of, wanted_pages
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.compute import ComputeSide, step_shapes
 from lamina_jax.engine.engine import Engine
 from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.memory_side import CachePlan, LocalMemory, MemorySide
 from lamina_jax.engine.placement import bytes_per_device, place_weight
-from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.warmup import measure_prefill
+from lamina_jax.memory import ACCELERATOR_FRACTION, default_fraction
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import read_config
 from lamina_jax.pool.geometry import CacheGeometry, HeadTable, head_table
@@ -78,6 +79,7 @@ def build_engine(
         num_kv_heads=shape.num_kv_heads if config.partition == "heads" else None,
     )
     memory = _memory_side(config, devices, cached_part, report, shape.num_kv_heads) if disaggregated else None
+    rooms = _rooms(config, devices, memory)
     limits = resolve_limits(
         config,
         shape.max_position,
@@ -99,7 +101,7 @@ def build_engine(
     log.debug("%s", sliced.explain())
     geometry = CacheGeometry(
         num_layers=shape.num_layers,
-        num_pages=0,
+        num_pages=config.num_pages or wanted_pages(limits),
         page_size=config.page_size,
         num_kv_heads=shape.num_kv_heads,
         num_heads=shape.num_heads,
@@ -107,27 +109,21 @@ def build_engine(
         dtype=str(storage.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
         wire_dtype=str(storage.dtype) if config.wire_dtype == "auto" else config.wire_dtype,
     )
-    weight_bytes = bytes_per_device(jax.tree.leaves(params))
-    budget = plan_budget(
-        config,
-        geometry,
-        limits,
-        memory.available() if memory else available_on(devices, config.memory_fraction),
-        weight_bytes=weight_bytes,
-        compute_devices=len(devices.compute),
-    )
-    log.info("memory budget\n%s", budget.table(config.page_size))
-    geometry = replace(geometry, num_pages=budget.num_pages)
-
     sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
-    runner: ModelRunner
+    assembly: Assembly
     if memory and table:
-        runner, jobs = _disaggregated(memory, table, sliced, params, geometry, mesh, limits, sampler)
-        page_devices = memory.page_devices()
+        assembly = _split(memory, table, sliced, params, geometry, mesh, limits, sampler)
     else:
-        runner, jobs = collocated = _collocated(sliced, params, geometry, mesh, limits, sampler)
-        page_devices = _devices_of(collocated[0].pages)
-    compiled = compile_all(jobs, lambda done, total: report("compiling", done, total))
+        assembly = _collocated(sliced, params, geometry, mesh, limits, sampler)
+
+    compiled = compile_all(assembly.probe(), partial(report, "compiling"))
+    weight_bytes = bytes_per_device(jax.tree.leaves(params))
+    budget = plan_budget(rooms, assembly.shares(weight_bytes), config, limits)
+    log.info("%s", budget.table())
+    runner, jobs = assembly.open(budget.num_pages)
+    compiled = compiled.and_then(compile_all(jobs, partial(report, "compiling attention")))
+    log.info("%s", compiled)
+
     scheduling = limits.scheduler(budget.num_pages, shape.vocab_size)
     if config.prefill_stall_ms < float("inf"):
         report("measuring prefill", 0, 0)
@@ -146,11 +142,19 @@ def build_engine(
             "max_model_len": limits.max_model_len,
             "compiled": compiled._asdict(),
             "weight_bytes_per_device": weight_bytes,
-            "weight_devices": _devices_of(jax.tree.leaves(params)),
-            "page_devices": page_devices,
+            "weight_devices": sorted({str(device) for device in devices.compute}),
+            "page_devices": assembly.page_devices(),
         },
         compilations=CompilationCounter(),
     )
+
+
+def _rooms(config: EngineConfig, devices: Devices, memory: MemorySide | None) -> Mapping[str, Room]:
+    """The memory that may be filled: less of main memory where the cache is to grow in it."""
+    if memory is None:
+        return rooms_of(devices.compute, config.memory_fraction or default_fraction(devices.compute))
+    compute = rooms_of(devices.compute, config.memory_fraction or ACCELERATOR_FRACTION)
+    return {**compute, **memory.rooms}
 
 
 def _memory_side(
@@ -176,7 +180,7 @@ def _table(shape: ModelConfig, config: EngineConfig, shards: int, memory: Memory
     return head_table(shape.num_heads, shape.num_kv_heads, shards, holders)
 
 
-def _disaggregated(
+def _split(
     memory: MemorySide,
     table: HeadTable,
     sliced: Sliced,
@@ -185,15 +189,8 @@ def _disaggregated(
     mesh: Mesh,
     limits: Limits,
     sampler: Sampler,
-) -> tuple[ModelRunner, list[Job]]:
+) -> Split:
     partition = Partition(limits.partition, limits.workers, geometry.num_pages, geometry.page_size)
-    for part in range(partition.workers):
-        for piece in table.pieces:
-            compute, holder = (
-                mesh.devices.flat[piece.shard],
-                memory.names[part * table.workers + piece.worker],
-            )
-            log.info("%s and %s: %s", compute, holder, piece)
     compute = ComputeSide(
         sliced,
         params,
@@ -207,19 +204,12 @@ def _disaggregated(
     plan = CachePlan(
         geometry=geometry, partition=partition, table=table, mesh=mesh, limits=limits, sliced=sliced
     )
-    exchange, memory_jobs = memory.open(plan)
-    jobs = [
-        job
-        for bucket, cached in limits.buckets()
-        for job in compute.jobs(bucket, cached=cached, overlap=limits.overlap)
-    ]
-    # Behind the compute side's: workers elsewhere compile at the same time, and are only waited for.
-    return memory.runner(compute, exchange, overlap=limits.overlap), jobs + memory_jobs
+    return Split(compute, memory, plan)
 
 
 def _collocated(
     sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, limits: Limits, sampler: Sampler
-) -> tuple[CollocatedRunner, list[Job]]:
+) -> Collocated:
     if geometry.num_kv_heads % mesh.size:
         raise ConfigError(
             f"compute_devices names {mesh.size} devices, which do not divide the model's "
@@ -234,11 +224,7 @@ def _collocated(
         pages_per_request=limits.pages_per_request,
         sampler=sampler,
     )
-    return runner, [job for bucket, cached in limits.buckets() for job in runner.jobs(bucket, cached=cached)]
-
-
-def _devices_of(arrays: Sequence[jax.Array]) -> list[str]:
-    return sorted({str(device) for array in arrays for device in array.devices()})
+    return Collocated(runner, list(mesh.devices.flat), limits, geometry.share(mesh.size).bytes_per_page)
 
 
 def _storage(config: EngineConfig, shape: ModelConfig, devices: Devices) -> Storage:

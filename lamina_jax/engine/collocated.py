@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lamina_jax.compilation import Compilation, Job
+from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.core import MicrobatchPlan, Sampled, StepPlan
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.compute import step_shapes
@@ -40,7 +41,8 @@ class CollocatedRunner:
     Args:
         sliced: the model function, cut; it says where the attentions are.
         params: the weights, on `mesh`.
-        geometry: of the KV cache, which is sharded by KV head over the axis "tensor" of `mesh`.
+        geometry: of the KV cache, which is sharded by KV head over the axis "tensor" of `mesh`, and which
+            `hold` makes.
         rows: most rows of a microbatch.
         pages_per_request: M, the width of a block table.
         sampler: chooses tokens, on `mesh`.
@@ -62,7 +64,7 @@ class CollocatedRunner:
         self._replicated = NamedSharding(mesh, P())
         self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
         self._weights = tuple(jax.tree.leaves(params))
-        self.pages = self._zero_pages()
+        self.pages: list[jax.Array] = []
         self._programs: dict[tuple[Bucket, bool], Compilation] = {}
         self._prompts: dict[Bucket, Compilation] = {}
         self._no_tokens = jax.device_put(np.zeros(rows, np.int32), self._replicated)
@@ -91,7 +93,13 @@ class CollocatedRunner:
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
         """Replace the pages of every layer; for benchmarks that do not prefill."""
-        self.pages = list(map(fill, self.pages))
+        for layer, pages in enumerate(self.pages):  # one by one: two pools may not fit
+            self.pages[layer] = fill(pages)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The most that one of the programs compiled so far needs, on each device."""
+        return largest([*self._programs.values(), *self._prompts.values(), *self._sampler.programs])
 
     def jobs(self, bucket: Bucket, *, cached: bool) -> Iterator[Job]:
         """What compiles the program of one bucket: with a cached part or none."""
@@ -108,7 +116,7 @@ class CollocatedRunner:
         step = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
         weights = tuple(like(weight) for weight in self._weights)
         inputs = (
-            [like(pages) for pages in self.pages],
+            [self._pages_struct()] * self._geometry.num_layers,
             weights,
             struct(self._rows),
             struct(rows),
@@ -116,8 +124,9 @@ class CollocatedRunner:
             struct(max(rows, SMALLEST_BATCH)),
             metadata_shapes(bucket, self._pages_per_request, self._replicated),
         )
-        program = self._programs[bucket, cached] = Compilation(step, inputs, donate=(0,))
-        yield f"step {bucket}", program.compile
+        if (bucket, cached) not in self._programs:
+            program = self._programs[bucket, cached] = Compilation(step, inputs, donate=(0,))
+            yield f"step {bucket}", program.compile
         (logits,) = sliced.slices[-1].fused.out_avals
         yield from self._sampler.jobs(*logits.shape)
         if queries > 1 and bucket not in self._prompts:
@@ -157,12 +166,22 @@ class CollocatedRunner:
             found.append(self._sampler.prompt_logprobs(logits, targets))
         return found
 
-    def _zero_pages(self) -> list[jax.Array]:
+    def hold(self, num_pages: int) -> None:
+        """Make the pages, all zeros. Where they are others than `geometry` said, the programs that were
+        compiled for those are let go."""
+        if num_pages != self._geometry.num_pages:
+            self._geometry = replace(self._geometry, num_pages=num_pages)
+            self._programs.clear()
+        pages = self._pages_struct()
+        zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=self._by_head)
+        made = zeros.lower().compile()
+        self.pages = [made() for _ in range(self._geometry.num_layers)]
+
+    def _pages_struct(self) -> jax.ShapeDtypeStruct:
         g = self._geometry
         shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
         dtype = storage_dtype(g.dtype, self._mesh.devices.flat[0].platform)
-        zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self._by_head).lower().compile()
-        return [zeros() for _ in range(g.num_layers)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._by_head)
 
     def _attend(self, attention: Attention, q: jax.Array, pages: jax.Array, meta: StepMetadata) -> Part:
         """The cached part of q[B, Q, N, H], each device for its own KV heads."""

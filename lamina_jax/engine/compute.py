@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from lamina_jax.compilation import Compilation, Job
+from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.engine import programs
 from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
@@ -127,6 +127,11 @@ class ComputeSide:
     def no_tokens(self) -> jax.Array:
         """`last` of a microbatch that has sampled nothing yet."""
         return jax.device_put(np.zeros(self._rows, np.int32), self.place)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The most that one of the programs compiled so far needs, on each device."""
+        return largest([*self._compilations.values(), *self._sampler.programs])
 
     # Compilation ------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ Here it is a second mesh of this process; `lamina_jax.engine.remote_memory` has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from jax.sharding import Mesh
@@ -14,13 +15,14 @@ from jax.sharding import Mesh
 from lamina_jax.compilation import Job
 from lamina_jax.devices import Devices
 from lamina_jax.engine.buckets import Bucket
-from lamina_jax.engine.budget import Available, available_on
+from lamina_jax.engine.budget import Room, Share, rooms_of, shares_of
 from lamina_jax.engine.compute import ComputeSide
-from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.disaggregated import MOST_QUEUED, DisaggregatedRunner
 from lamina_jax.engine.limits import Limits
 from lamina_jax.engine.programs import windows_of
 from lamina_jax.exchange.base import Exchange
 from lamina_jax.exchange.local import LocalExchange
+from lamina_jax.memory import default_fraction
 from lamina_jax.pool.geometry import CacheGeometry, HeadTable
 from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shard import AttentionKind, AttentionShard, CachedPart
@@ -45,6 +47,14 @@ class CachePlan:
     mesh: Mesh
     limits: Limits
     sliced: Sliced
+
+    def with_pages(self, num_pages: int) -> CachePlan:
+        """The same of so many pages of each part."""
+        return replace(
+            self,
+            geometry=replace(self.geometry, num_pages=num_pages),
+            partition=replace(self.partition, num_pages=num_pages),
+        )
 
     @property
     def windows(self) -> list[int]:
@@ -75,19 +85,25 @@ class MemorySide(Protocol):
         devices: of each worker.
         names: of all devices, for the log.
         share_silicon: whether work here takes time from the compute mesh.
+        rooms: the memory that there was before anything was loaded.
     """
 
     workers: int
     devices: int
     names: Sequence[str]
     share_silicon: bool
+    rooms: dict[str, Room]
 
-    def available(self) -> Available:
-        """Memory for pages, of all workers together."""
+    def probe(self, plan: CachePlan) -> list[Job]:
+        """What compiles the program that needs the most memory, so that `shares` can tell."""
+        ...
+
+    def shares(self, plan: CachePlan) -> list[Share]:
+        """What is needed in `rooms`, once the jobs of `probe` are done."""
         ...
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
-        """The exchange, which works once the jobs are done."""
+        """The exchange, which works once the jobs are done. The plan may have fewer pages than before."""
         ...
 
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> DisaggregatedRunner:
@@ -110,16 +126,44 @@ class LocalMemory:
     devices = 1
 
     def __init__(self, devices: Devices, fraction: float | None, cached_part: CachedPart | None) -> None:
-        self._devices, self._fraction, self._cached_part = devices, fraction, cached_part
+        self._devices, self._cached_part = devices.memory, cached_part
         self._shards: list[AttentionShard] = []
         self.workers = len(devices.memory)
         self.names: Sequence[str] = [str(device) for device in devices.memory]
         self.share_silicon = devices.share_silicon
+        self.rooms = rooms_of(devices.memory, fraction or default_fraction(devices.memory))
 
-    def available(self) -> Available:
-        return available_on(self._devices, self._fraction)
+    def probe(self, plan: CachePlan) -> list[Job]:
+        self._make_shards(plan)
+        # What a program needs does not grow with the pool that it reads, but with B x Q.
+        with_cache = [bucket for bucket, cached in plan.buckets() if cached]
+        return self._jobs(plan, max(with_cache, key=math.prod), cached=True)
+
+    def shares(self, plan: CachePlan) -> list[Share]:
+        shard = self._shards[0]
+        return shares_of(
+            self._devices,
+            shard.footprint,
+            page=shard.geometry.bytes_per_page,
+            limits=plan.limits,
+            ahead=MOST_QUEUED,
+        )
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
+        if plan.geometry.num_pages != self._shards[0].geometry.num_pages:
+            self._make_shards(plan)
+        for shard in self._shards:
+            shard.hold()
+        jobs = [job for bucket, cached in plan.buckets() for job in self._jobs(plan, bucket, cached=cached)]
+        return LocalExchange(self._shards, plan.table, plan.mesh, plan.partition), jobs
+
+    def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> DisaggregatedRunner:
+        return DisaggregatedRunner(compute, exchange, overlap=overlap)
+
+    def page_devices(self) -> list[str]:
+        return sorted({str(d) for shard in self._shards for pages in shard.pages for d in pages.devices()})
+
+    def _make_shards(self, plan: CachePlan) -> None:
         share = plan.geometry.share(plan.table.workers)
         self._shards = [
             AttentionShard(
@@ -131,18 +175,11 @@ class LocalMemory:
                 copies=plan.table.copies,
                 cached_part=self._cached_part,
             )
-            for device in self._devices.memory
+            for device in self._devices
         ]
-        jobs = [
-            job
-            for bucket, cached in plan.buckets()
-            for shard in self._shards
-            for job in shard.jobs(bucket, plan.pages_per_request, cached=cached, overlap=plan.limits.overlap)
+
+    def _jobs(self, plan: CachePlan, bucket: Bucket, *, cached: bool) -> list[Job]:
+        overlap, width = plan.limits.overlap, plan.pages_per_request
+        return [
+            job for shard in self._shards for job in shard.jobs(bucket, width, cached=cached, overlap=overlap)
         ]
-        return LocalExchange(self._shards, plan.table, plan.mesh, plan.partition), jobs
-
-    def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> DisaggregatedRunner:
-        return DisaggregatedRunner(compute, exchange, overlap=overlap)
-
-    def page_devices(self) -> list[str]:
-        return sorted({str(d) for shard in self._shards for pages in shard.pages for d in pages.devices()})

@@ -15,7 +15,7 @@ from lamina_jax.compilation import Job
 from lamina_jax.config import ConfigError, EngineConfig, is_loopback
 from lamina_jax.core import Sampled, StepPlan, WorkerLost
 from lamina_jax.devices import Devices
-from lamina_jax.engine.budget import Available
+from lamina_jax.engine.budget import Needs, Room, Share
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.memory_side import CachePlan
@@ -68,10 +68,16 @@ class RemoteMemory:
         ]
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
-        self._memory = min(description.memory_bytes for description in found) * self.workers
+        # What a worker may fill; what its programs need besides comes from what it leaves free.
+        self._room = "each worker" if self.workers > 1 else "the worker"
+        self.rooms = {self._room: Room(min(d.memory_bytes for d in found), 1.0)}
 
-    def available(self) -> Available:
-        return Available(bytes=self._memory, fraction=1.0, weights=0)
+    def probe(self, plan: CachePlan) -> list[Job]:
+        return []
+
+    def shares(self, plan: CachePlan) -> list[Share]:
+        page = plan.geometry.share(plan.table.workers).bytes_per_page * self.devices
+        return [(self._room, Needs(page=page))]
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         table, geometry = plan.table, plan.geometry

@@ -6,7 +6,7 @@ It knows nothing of how logits come about; what is computed stands in `lamina_ja
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +50,11 @@ class Sampler:
         self._programs: dict[tuple[str, int, int], Compilation] = {}
         self._nothing_fed: dict[int, jax.Array] = {}
         self.programs_queued = 0
+
+    @property
+    def programs(self) -> Collection[Compilation]:
+        """All that there are jobs for so far."""
+        return self._programs.values()
 
     def __call__(self, plan: MicrobatchPlan, logits: jax.Array, fed: jax.Array) -> Chosen:
         """Queue what chooses the next tokens of a microbatch.

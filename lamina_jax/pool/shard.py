@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from lamina_jax.compilation import Compilation, Job
+from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
@@ -43,7 +43,7 @@ ProgramKey = tuple[str, Bucket, AttentionKind | None]
 
 
 class AttentionShard:
-    """KV pages of `geometry` (this device's share of the heads) on `device`.
+    """KV pages of `geometry` (this device's share of the heads) on `device`, from `hold` on.
 
     Args:
         geometry: the shape of this share.
@@ -71,7 +71,7 @@ class AttentionShard:
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
         self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
-        self._pages = _zero_pages(geometry, device)
+        self._pages: list[jax.Array] = []
         self._programs: dict[ProgramKey, Compilation] = {}
 
     # What a step does -------------------------------------------------------------------------------
@@ -152,10 +152,26 @@ class AttentionShard:
         return (jax.ShapeDtypeStruct(shape, dtype, sharding=self._place),) * count
 
     def _pages_struct(self) -> jax.ShapeDtypeStruct:
-        pages = self._pages[0]
-        return jax.ShapeDtypeStruct(pages.shape, pages.dtype, sharding=self._place)
+        g = self.geometry
+        shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
+        dtype = storage_dtype(g.dtype, self.device.platform)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The most that one of the programs compiled so far needs; its messages count as results."""
+        needs = largest(self._programs.values())
+        sent = max((program.num_bytes(-1) for program in self._programs.values()), default=0)
+        return needs._replace(results=needs.results + sent)
 
     # What it holds ----------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Make the pages, all zeros."""
+        pages = self._pages_struct()
+        zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=self._place)
+        made = zeros.lower().compile()
+        self._pages = [made() for _ in range(self.geometry.num_layers)]
 
     @property
     def pages(self) -> list[jax.Array]:
@@ -178,15 +194,6 @@ def kernel_platform(g: CacheGeometry, platform: str) -> str | None:
     The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page.
     """
     return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
-
-
-def _zero_pages(g: CacheGeometry, device: jax.Device) -> list[jax.Array]:
-    shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
-    dtype = storage_dtype(g.dtype, device.platform)
-    zeros = (
-        jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=SingleDeviceSharding(device)).lower().compile()
-    )
-    return [zeros() for _ in range(g.num_layers)]
 
 
 def _append(pages: jax.Array, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> jax.Array:

@@ -87,7 +87,7 @@ class Lease:
         """Prepare, wait for the end, give everything back; in a thread of its own."""
         try:
             session = self._make_session()
-            compile_all(session.jobs(), self._progress)
+            log.info("%s", compile_all(session.jobs(), self._progress))
             self._session = session
             del session
             self._events.put(self.pages)

@@ -58,6 +58,8 @@ class Session:
             )
             for device in devices[: spec.devices]
         ]
+        for shard in self._shards:
+            shard.hold()
         self._shapes = {(rows, queries): _shapes(spec, rows, queries) for rows, queries, _ in spec.buckets}
         self._begun: dict[int, _Begun] = {}
 

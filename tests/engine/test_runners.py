@@ -136,7 +136,8 @@ def test_bfloat16_pages_hold_what_was_appended(tmp_path: Path, prompts: list[lis
         ({"compute_devices": "cpu:x"}, ["compute_devices", "platform:indices"]),
         ({"max_model_len": 10_000}, ["max_model_len", "256"]),
         ({"num_pages": 0}, ["num_pages"]),
-        ({"memory_fraction": 1e-9}, ["memory_fraction", "max_model_len", "num_pages"]),
+        ({"memory_fraction": 1e-9}, ["--memory-fraction=1e-09", "smaller model"]),
+        ({"num_pages": 10**9}, ["--num-pages=1000000000"]),
     ],
 )
 def test_settings_are_obeyed_or_refused(checkpoint: str, settings: dict[str, Any], words: list[str]) -> None:

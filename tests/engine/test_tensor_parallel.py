@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_models import SMALL, TINY, save_random
 
 from lamina_jax import LLM, ConfigError, SamplingParams
-from lamina_jax.compilation import Job, compile_all
+from lamina_jax.compilation import Compiled, Job, compile_all
 from lamina_jax.core import StepPlan
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.programs import gathered_logits
@@ -99,9 +99,9 @@ def test_every_mesh_gives_the_collocated_tokens(
 
     jobs: list[Job] = []
 
-    def compile_and_keep(new: list[Job], report: Any) -> None:
+    def compile_and_keep(new: list[Job], report: Any) -> Compiled:
         jobs.extend(new)
-        compile_all(jobs, report)
+        return compile_all(new, report)
 
     monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
     monkeypatch.setattr("lamina_jax.engine.build.compile_all", compile_and_keep)
