@@ -1,4 +1,4 @@
-"""Engines beside each other: each in a process of its own, timed in turn in the same run.
+"""Columns beside each other: each in a process of its own, timed in turn in the same run.
 
 The processes are timed round after round, so that a busy neighbour meets all of them alike; a figure is
 the median over the rounds.
@@ -11,6 +11,8 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,30 +26,42 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "collocated, 2 devices": {"placement": "collocated", "compute_devices": "cpu:0-1"},
     "disaggregated": {"placement": "disaggregated"},
 }
-"""The settings of each column. "2 devices": weights, heads and pages sharded over two."""
+"""The settings of each column. "2 devices": attention, and with it heads, pages and weights, sharded over
+two. "disaggregated" is what an engine is by default."""
+
+RANDOM_QWEN3 = "qwen3-0.6b"
+"""The name under which benchmarks know random weights of that shape."""
+
+ANSWER_SECONDS = 540.0
+"""How long a column may take to start, or to run the steps that it was asked for."""
 
 
-def models(folders: list[str] | None, scratch: Path) -> list[tuple[str, str]]:
-    """(name, folder) of each model to be timed; without a choice the bundled one and a random 0.6B."""
-    if folders:
-        return [(folder, folder) for folder in folders]
-    shape = "Qwen3-0.6B shape, bfloat16"
-    print(f"writing random weights: {shape}", file=sys.stderr)
-    return [("bundled", "bundled"), (shape, str(random_checkpoint(QWEN3_0_6B, scratch)))]
+def models(names: Sequence[str], scratch: Path) -> list[tuple[str, str]]:
+    """(name, folder) of each model to be timed; `RANDOM_QWEN3` is written to `scratch`."""
+    return [(name, _random_qwen3(scratch) if name == RANDOM_QWEN3 else name) for name in names]
+
+
+def _random_qwen3(scratch: Path) -> str:
+    print("writing random weights of the Qwen3-0.6B shape", file=sys.stderr)
+    return str(random_checkpoint(QWEN3_0_6B, scratch))
+
+
+def engine_command(settings: dict[str, Any]) -> list[str]:
+    """What starts an engine as a column; see `lamina_jax.benchmarks.worker` for the settings."""
+    return [sys.executable, "-m", "lamina_jax.benchmarks.worker", json.dumps(settings)]
 
 
 class Column:
-    """A worker process, told `settings`; on some cores only ("0-1"), where they are named.
+    """A process that prints "ready" and then times steps; on some cores only ("0-1"), where they are named.
 
     Args:
         cache: a folder for compiled programs, which columns share.
     """
 
     def __init__(
-        self, name: str, settings: dict[str, Any], cores: str | None = None, cache: Path | None = None
+        self, name: str, command: list[str], cores: str | None = None, cache: Path | None = None
     ) -> None:
         self.name = name
-        command = [sys.executable, "-m", "lamina_jax.benchmarks.worker", json.dumps(settings)]
         self.process = subprocess.Popen(
             pinned(command, cores),
             stdin=subprocess.PIPE,
@@ -64,11 +78,16 @@ class Column:
         return json.loads(self.line())
 
     def line(self) -> str:
-        """The worker's next line; it has none when it failed, and then its error stands on stderr."""
+        """The process's next line; it has none when it failed, and then its error stands on stderr."""
         assert self.process.stdout is not None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        too_long = threading.Timer(ANSWER_SECONDS, self.process.kill)
+        too_long.start()
         line = self.process.stdout.readline()
+        too_long.cancel()
         if not line:
-            raise SystemExit(f"the column {self.name!r} ended with exit code {self.process.wait(timeout=60)}")
+            late = f", killed after {ANSWER_SECONDS:.0f} s" if time.monotonic() >= deadline else ""
+            raise SystemExit(f"the column {self.name!r} ended with exit code {self.process.wait(60)}{late}")
         return line
 
     def close(self) -> None:
@@ -119,7 +138,7 @@ def compare(
         columns = []
         for name, settings in COLUMNS.items():
             mine = extra if name == "disaggregated" else {}
-            column = Column(name, {**common, **settings, **mine})
+            column = Column(name, engine_command({**common, **settings, **mine}))
             ends.callback(column.close)
             column.line()
             columns.append(column)

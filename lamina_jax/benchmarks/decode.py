@@ -1,6 +1,7 @@
-"""Decode speed: disaggregated beside collocated, on the same machine in the same run.
+"""Decode speed: disaggregated beside collocated, and beside transformers on torch where that is at hand.
 
-The KV cache is filled, not prefilled; see `lamina_jax.benchmarks.columns` for how it is timed.
+The KV cache is filled, not prefilled. Every column is a process of its own, and all are timed in turn
+(`lamina_jax.benchmarks.columns`); where memory does not hold all of them at once, one after the other.
 """
 
 from __future__ import annotations
@@ -8,51 +9,245 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
+import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.columns import compare, models, table
+from lamina_jax.benchmarks.cells import PAGE_SIZE, Cell, fit, footprint
+from lamina_jax.benchmarks.columns import (
+    COLUMNS,
+    RANDOM_QWEN3,
+    Column,
+    engine_command,
+    models,
+    summary,
+    time_in_turn,
+)
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.memory import host_memory
+from lamina_jax.weights.hub import find_model
+
+ONE, TWO, SPLIT = COLUMNS
+TRANSFORMERS = "transformers"
+
+GOALS: dict[tuple[str, str], dict[int, float]] = {
+    (ONE, TRANSFORMERS): {128: 1.8, 1024: 3.0},
+    (SPLIT, ONE): {128: 0.95, 1024: 1.1},
+    (SPLIT, TWO): {128: 0.9, 1024: 0.9},
+}
+"""By context: the least that one column should be of another, at the batches `GOAL_BATCHES`."""
+
+GOAL_BATCHES = 8, 32
+MEMORY_SHARE = 0.6
+
+HOW_TO_COMPARE = (
+    "no column transformers: this Python has no torch and transformers. `make .venv-parity/.installed`, then "
+    "--reference-python .venv-parity/bin/python"
+)
+
+Timings = dict[str, list[dict[str, Any]]]
+"""Of a cell, by column: what each round took."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="batch 8 at context 128, three rounds")
+    parser.add_argument("--quick", action="store_true", help="batch 8 at context 128 and 1024, bfloat16")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[8], help="requests decoded at once (default 8)"
+        "--batch", type=int, nargs="+", default=[1, 8, 32], help="requests decoded at once (default 1 8 32)"
     )
     parser.add_argument(
-        "--context", type=int, nargs="+", default=[128, 1024], help="cached tokens of each (default 128 1024)"
+        "--context",
+        type=int,
+        nargs="+",
+        default=[128, 1024, 4096],
+        help="cached tokens of each (default 128 1024 4096)",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("bfloat16", "float32"),
+        default=["bfloat16", "float32"],
+        help="of weights and cache (default: both, one after the other)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timings per column (default 5)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one timing, about (default 2)")
     parser.add_argument(
-        "--model", nargs="+", help="folders; default: the bundled model and a random Qwen3-0.6B"
+        "--model",
+        nargs="+",
+        default=[RANDOM_QWEN3],
+        help=f"folders, or 'bundled' (default {RANDOM_QWEN3}: random weights of that shape)",
     )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
+    parser.add_argument(
+        "--reference-python",
+        metavar="PATH",
+        help="a Python that has torch and transformers, for the column transformers (default: this one)",
+    )
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print a table per model and cell; the results as plain dicts."""
-    contexts, rounds = ([128], 3) if args.quick else (args.context, args.rounds)
+    """Print a table per model, dtype and cell; the results as plain dicts."""
+    batches, contexts, dtypes = args.batch, args.context, args.dtype
+    if args.quick:
+        batches, contexts, dtypes = [8], [128, 1024], ["bfloat16"]
+    reference = args.reference_python or (_has_reference() and sys.executable) or None
+    if reference is None:
+        print(HOW_TO_COMPARE, file=sys.stderr)
+    cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
-        for name, folder in models(args.model, Path(scratch)):
-            for batch in args.batch:
-                for context in contexts:
-                    cell = compare(_worker(folder, batch, context), rounds, args.seconds, args.settings)
-                    results += [{"model": name, "batch": batch, "context": context, **row} for row in cell]
-                    print(f"\n{name}: decode at batch {batch}, context {context}; median of {rounds}")
-                    print(table(cell), flush=True)
+        for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
+            comparison = Comparison(folder, dtype, args.settings, reference, Path(scratch, "compiled"))
+            for cell, timings in comparison.measure(cells, args.rounds, args.seconds):
+                rows = table_rows(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
+                results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
+                print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
+                print(_text(cell, timings, rows), flush=True)
     return results
 
 
-def _worker(folder: str, batch: int, context: int) -> dict[str, Any]:
-    return {
-        "model": folder,
-        "batch": batch,
-        "context": context,
-        "max_num_seqs": batch,
-        "max_model_len": context + 64,
-        "max_prefill_tokens": 64,
-        "prefill_stall_ms": math.inf,
-    }
+def _has_reference() -> bool:
+    return bool(find_spec("torch") and find_spec(TRANSFORMERS))
+
+
+class Comparison:
+    """The columns of one model.
+
+    Args:
+        model: a folder, or "bundled".
+        dtype: of weights and cache.
+        settings: more of the disaggregated column.
+        reference: a Python that has torch and transformers; None: no such column.
+        cache: a folder for compiled programs.
+    """
+
+    def __init__(
+        self, model: str, dtype: str, settings: dict[str, Any], reference: str | None, cache: Path
+    ) -> None:
+        self._folder, self._dtype, self._cache = find_model(model), dtype, cache
+        self._engines = {
+            name: {**own, **(settings if name == SPLIT else {})} for name, own in COLUMNS.items()
+        }
+        self._reference = reference
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._engines, *([TRANSFORMERS] if self._reference else [])]
+
+    def measure(
+        self, cells: Sequence[Cell], rounds: int, seconds: float
+    ) -> Iterator[tuple[Cell, Timings | int]]:
+        """Every cell with its timings, or with the bytes that it would need."""
+        one = footprint(self._folder, self._dtype)
+        found = fit(cells, one, len(self.names), int(MEMORY_SHARE * host_memory()))
+        for cell in found.refused:
+            yield cell, one.bytes(cell)
+        yield from self._timed(self.names, found.together, rounds, seconds)
+        for cell in found.alone:
+            timings: Timings = {}
+            for name in self.names:
+                for _, one_column in self._timed([name], [cell], rounds, seconds):
+                    timings |= one_column
+            yield cell, timings
+
+    def _timed(
+        self, names: Sequence[str], cells: Sequence[Cell], rounds: int, seconds: float
+    ) -> Iterator[tuple[Cell, Timings]]:
+        """Start columns, and time them in turn at each cell."""
+        if not cells:
+            return
+        with ExitStack() as ends:
+            columns = []
+            for name in names:
+                print(f"starting: {name}", file=sys.stderr)
+                column = Column(name, self._command(name, cells), cache=self._cache)
+                ends.callback(column.close)
+                columns.append(column)
+            for column in columns:
+                column.line()
+            for cell in cells:
+                print(f"timing: {', '.join(names)} at {cell}", file=sys.stderr)
+                timings = time_in_turn(columns, rounds, seconds, **cell._asdict())
+                yield cell, dict(zip(names, timings, strict=True))
+
+    def _command(self, name: str, cells: Sequence[Cell]) -> list[str]:
+        if name == TRANSFORMERS:
+            assert self._reference is not None
+            script = Path(__file__).with_name("transformers_worker.py")
+            settings = json.dumps({"model": str(self._folder), "dtype": self._dtype})
+            # -P: the modules beside the script are not its own, and have the names of others.
+            return [self._reference, "-P", str(script), settings]
+        batch, context = (max(sizes) for sizes in zip(*cells, strict=True))
+        common = {
+            "model": str(self._folder),
+            "dtype": self._dtype,
+            "batch": cells[0].batch,
+            "context": cells[0].context,
+            "max_num_seqs": batch,
+            "max_model_len": context + PAGE_SIZE,
+            "max_prefill_tokens": PAGE_SIZE,
+            "page_size": PAGE_SIZE,
+            "num_pages": max(cell.pages for cell in cells),
+            "prefill_stall_ms": math.inf,
+        }
+        return engine_command({**common, **self._engines[name]})
+
+
+def table_rows(timings: Timings) -> list[dict[str, Any]]:
+    """Each column's medians and its ratios to others: the median of the rounds' ratios."""
+    rows = []
+    for name, taken in timings.items():
+        row = summary(name, taken)
+        row["ratios"] = {other: _ratio(timings, name, other) for other in timings}
+        if "cache" in taken[0]:
+            row["cache"] = taken[0]["cache"]
+        rows.append(row)
+    return rows
+
+
+def _ratio(timings: Timings, name: str, other: str) -> float:
+    pairs = zip(timings[name], timings[other], strict=True)
+    return statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+
+
+def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str:
+    if not isinstance(timings, dict):
+        return f"needs {timings / 2**30:.0f} GB, more than {MEMORY_SHARE:.0%} of what is free: not run"
+    lines = [format_decode(rows), *goals(cell, rows)]
+    caches = [f"transformers: its {row['cache']} cache, the faster one" for row in rows if "cache" in row]
+    return "\n".join([*lines, *caches])
+
+
+def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The columns of one cell as text."""
+    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]]
+    header = ["", "tokens/s", "spread", "CPUs used", *(f"of {other}" for other in others)]
+    return format_table(
+        header,
+        [
+            [
+                row["column"],
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['spread']:.0%}",
+                f"{row['cpus']:.2f}",
+                *(f"{row['ratios'][other]:.2f}" for other in others),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def goals(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The goals of a cell, met or missed."""
+    by_name = {row["column"]: row for row in rows}
+    for (name, other), by_context in GOALS.items():
+        goal = by_context.get(cell.context)
+        if goal is None or cell.batch not in GOAL_BATCHES or other not in by_name:
+            continue
+        ratio = by_name[name]["ratios"][other]
+        yield f"goal: {name} at least {goal} of {other}: {ratio:.2f} ({'met' if ratio >= goal else 'missed'})"

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.columns import compare, models, table
+from lamina_jax.benchmarks.columns import RANDOM_QWEN3, compare, models, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timings per column (default 5)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one timing, about (default 4)")
     parser.add_argument(
-        "--model", nargs="+", help="folders; default: the bundled model and a random Qwen3-0.6B"
+        "--model",
+        nargs="+",
+        default=["bundled", RANDOM_QWEN3],
+        help=f"folders, 'bundled', or {RANDOM_QWEN3}: random weights of that shape (default: these two)",
     )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.columns import Column, pinned, with_cache
+from lamina_jax.benchmarks.columns import Column, engine_command, pinned, with_cache
 
 ENGINE_CORE, WORKER_CORE, BOTH_CORES = "0", "1", "0-1"
 PAGE_SIZE = 64
@@ -104,7 +104,7 @@ class Bench:
 
     def _add(self, name: str, cores: str, settings: dict[str, Any]) -> None:
         print(f"starting: {name}", file=sys.stderr)
-        column = Column(name, {**self._common, **settings}, cores, self._cache)
+        column = Column(name, engine_command({**self._common, **settings}), cores, self._cache)
         self._ends.callback(column.close)
         column.line()
         self.columns.append(column)

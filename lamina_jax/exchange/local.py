@@ -59,7 +59,8 @@ class LocalExchange:
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
         """Replace the pages of every layer and device by `fill` of them; for benchmarks."""
         for shard in self.shards:
-            shard.pages = list(map(fill, shard.pages))
+            for layer, pages in enumerate(shard.pages):  # one by one: two pools may not fit
+                shard.pages[layer] = fill(pages)
 
 
 @dataclass(frozen=True)
