@@ -9,11 +9,22 @@ from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import bandwidth, decode, exchange, overlap, partition, prefill, sampler, serve
+from lamina_jax.benchmarks import (
+    bandwidth,
+    decode,
+    engine,
+    exchange,
+    overlap,
+    partition,
+    prefill,
+    sampler,
+    serve,
+)
 
 BENCHMARKS = {
     "bandwidth": bandwidth,
     "decode": decode,
+    "engine": engine,
     "exchange": exchange,
     "overlap": overlap,
     "partition": partition,

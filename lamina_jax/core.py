@@ -325,8 +325,7 @@ class StepPlan:
     microbatches: tuple[MicrobatchPlan, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """The scheduler's word on one request after a step: the token it got, and whether it ended.
 
     `token_id` is None for a chunk of a prompt that does not end it. `microbatch` and `row` say where in
@@ -354,7 +353,7 @@ Logprobs = dict[int, Logprob]
 
 @dataclass(kw_only=True)
 class CompletionOutput:
-    """One continuation of a prompt, or what is new of it. `finish_reason` is None while it is being generated.
+    """One continuation of a prompt, or what is new of it. `finish_reason` is None while it is generated.
 
     `stop_reason` is the token id or the string that ended it, where one of `stop_token_ids` or `stop` did.
     `logprobs` holds one entry per token where they were asked for.

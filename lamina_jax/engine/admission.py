@@ -5,7 +5,7 @@ It owns seats, pages and the choice of workers. It knows nothing of steps, rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -31,21 +31,23 @@ class Admission:
         """Requests that were admitted and not released."""
         return sum(map(len, self._running))
 
-    def admissible(self, waiting: Iterable[LiveRequest]) -> list[LiveRequest]:
+    def admissible(self, waiting: Collection[LiveRequest]) -> list[LiveRequest]:
         """Those from the head of the queue on that have room together, each with its `worker` set.
 
         Nobody overtakes; and they are no more than one prefill microbatch of each worker takes. A request
         that was preempted waits for the last step that names it, too: its tokens are not known before.
         """
         config = self._config
+        most = config.segments * max(rows for rows, _ in config.prefill_buckets)
+        most = min(most, config.max_num_seqs - self.num_running)
+        if not waiting or not most:
+            return []
         room = Room(
             config,
             self.pages.free_by_worker,
             seats=[config.seats - len(running) for running in self._running],
             growing=[sum(map(self._grows, running.values())) for running in self._running],
         )
-        most = config.segments * max(rows for rows, _ in config.prefill_buckets)
-        most = min(most, config.max_num_seqs - self.num_running)
         admissible: list[LiveRequest] = []
         for request in waiting:
             if len(admissible) == most or request.last_step > self.pages.completed:

@@ -261,9 +261,9 @@ class Engine:
             live = self._take(event, done.microbatches[event.microbatch], results[event.microbatch])
             changed[live.request.request_id] = live
         outputs = [live.news() for live in changed.values()]
-        for live in changed.values():
-            if live.finished:
-                self._forget(live)
+        for new in outputs:
+            if new.finished:
+                self._forget(changed[new.request_id])
         self._host_seconds += time.perf_counter() - started
         return outputs
 

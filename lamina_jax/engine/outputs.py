@@ -35,8 +35,8 @@ class Choice:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request, self.finished = request, False
         self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None
-        self._stops = StopStrings(request.sampling.stop)
-        self._text, self._searched, self._shown, self._tokens = "", 0, 0, 0
+        self._stops = StopStrings(request.sampling.stop) if request.sampling.stop else None
+        self._held, self._tokens = "", 0  # text that is not shown yet
         self._new: CompletionOutput | None = None
 
     def take(self, token: int, reason: FinishReason | None, logprobs: Logprobs | None) -> None:
@@ -52,19 +52,20 @@ class Choice:
         if reason == "stop":
             new.stop_reason = token if token in sampling.stop_token_ids else None
         elif self._detokenizer is not None:
-            self._text += self._detokenizer.push(token)
+            self._held += self._detokenizer.push(token)
         if reason is not None:
             self.end(reason)
+        elif self._stops is None:
+            self._show(len(self._held))
         elif not self._stopped():
-            self._searched = len(self._text)
-            self._show(self._stops.shown(self._text))
+            self._show(self._stops.shown(self._held))
 
     def end(self, reason: FinishReason) -> None:
         """No more tokens come; what was held back of the text is shown, unless a stop string is in it."""
         if self._detokenizer is not None:
-            self._text += self._detokenizer.flush()
+            self._held += self._detokenizer.flush()
         if reason != "length" or not self._stopped():
-            self._show(self._text)
+            self._show(len(self._held))
             self._news().finish_reason, self.finished = reason, True
 
     def news(self) -> CompletionOutput | None:
@@ -78,20 +79,21 @@ class Choice:
             self._new = CompletionOutput(index=self.request.choice, logprobs=logprobs)
         return self._new
 
-    def _show(self, text: str) -> None:
-        """All that may be seen of the text by now."""
-        if len(text) > self._shown:
-            self._news().text += text[self._shown :]
-            self._shown = len(text)
+    def _show(self, count: int) -> None:
+        """So many characters of what was held back may be seen."""
+        if count:
+            self._news().text += self._held[:count]
+            self._held = self._held[count:]
 
     def _stopped(self) -> bool:
         """Whether a stop string is in what is new of the text; then it ends there."""
-        enough = self._tokens > self.request.sampling.min_tokens
-        hit = self._stops.find(self._text, self._searched) if enough else None
+        if self._stops is None or self._tokens <= self.request.sampling.min_tokens:
+            return False
+        hit = self._stops.find(self._held)
         if hit is None:
             return False
         place, stop = hit
-        self._show(self._text[:place])
+        self._show(place)
         new = self._news()
         new.finish_reason, new.stop_reason, self.finished = "stop", stop, True
         return True
@@ -139,13 +141,12 @@ def logprobs_at(
     found: TokenLogprobs, row: int, token: int, count: int, tokenizer: Tokenizer | None
 ) -> Logprobs:
     """The entry of one token: itself, and the `count` best in its place."""
-    ids: list[int] = found.top_ids[row, :count].tolist()
-    entries = {
-        other: Logprob(float(found.top[row, place]), place + 1, _text(tokenizer, other))
-        for place, other in enumerate(ids)
-    }
-    rank = int(found.ranks[row])
-    return {token: Logprob(float(found.chosen[row]), rank, _text(tokenizer, token))} | entries
+    text = tokenizer.text_of if tokenizer else _no_text
+    entries = {token: Logprob(float(found.chosen[row]), int(found.ranks[row]), text(token))}
+    best = zip(found.top_ids[row, :count].tolist(), found.top[row, :count].tolist(), strict=True)
+    for rank, (other, logprob) in enumerate(best, start=1):
+        entries[other] = Logprob(logprob, rank, text(other))
+    return entries
 
 
 def prompt_logprobs_of(
@@ -167,6 +168,5 @@ def prompt_logprobs_of(
     ]
 
 
-def _text(tokenizer: Tokenizer | None, token: int) -> str | None:
-    """One token alone, special tokens too."""
-    return tokenizer.inner.decode([token], skip_special_tokens=False) if tokenizer else None
+def _no_text(token: int) -> None:
+    """Of a token, where there is no tokenizer."""

@@ -22,6 +22,7 @@ class LiveRequest:
     Attributes:
         request: what was asked.
         max_tokens: how many tokens it may generate.
+        prompt_len: tokens of its prompt.
         arrival: its place among all requests in the order of their arrival.
         tokens: its prompt and the tokens that were read so far. Whoever is admitted prefills all of them:
             one that was preempted goes on where it was.
@@ -37,6 +38,7 @@ class LiveRequest:
 
     request: Request
     max_tokens: int
+    prompt_len: int = field(init=False)
     arrival: int = 0
     tokens: list[int] = field(init=False)
     planned: int = 0
@@ -50,10 +52,7 @@ class LiveRequest:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
 
     @property
     def most_cached(self) -> int:
@@ -99,6 +98,7 @@ class DecodeRows:
         self._microbatch = microbatch
         self._config = config
         self._step, self._plain = -1, True
+        self._rows_planned: tuple[Rows, tuple[str, ...]] | None = None  # until the rows change
         rows = config.decode_buckets[-1]
         shape = config.segments, rows // config.segments
         self._block_tables = np.zeros((*shape, config.table_width), np.int32)
@@ -115,6 +115,7 @@ class DecodeRows:
 
     def join(self, request: LiveRequest) -> None:
         """Add a row for a request all of whose tokens are cached but the last."""
+        self._rows_planned = None
         segment = self._config.segment(request.worker)
         row = segment, len(self._segments[segment])
         self._segments[segment].append(request)
@@ -153,13 +154,15 @@ class DecodeRows:
         segments = len(live)
         rows = next(bucket for bucket in self._config.decode_buckets if bucket >= segments * max(live))
         size = rows // segments
-        requests = self._by_row(size)
+        if self._rows_planned is None:
+            self._rows_planned = self._by_row(size)
+        requests, request_ids = self._rows_planned
         samples = self._rows[:size] < np.array(live)[:, None]
         context_lens = self._context_lens[:, :size]
         plan = MicrobatchPlan(
             microbatch=self._microbatch,
             kind="decode",
-            request_ids=tuple([request.request.request_id if request else "" for request in requests]),
+            request_ids=request_ids,
             tokens=self._tokens[:, :size].flatten()[:, None],
             feedback=self._feedback[:, :size].flatten(),
             positions=context_lens.flatten()[:, None],
@@ -177,7 +180,7 @@ class DecodeRows:
         self._feedback[:, :size] = np.where(samples, self._rows[:rows].reshape(segments, size), -1)
         self._step = step
         for request in requests:
-            if request:
+            if request is not None:
                 request.name_in(step)
         return plan, requests
 
@@ -206,16 +209,20 @@ class DecodeRows:
             array[segment, :live] = array[segment, keep]
             array[segment, live:before] = padding
         self._segments[segment] = [requests[row] for row in keep]
+        self._rows_planned = None
         return True
 
-    def _by_row(self, size: int) -> Rows:
-        """The request of every row, where segments have `size` rows; None between, nothing behind them."""
+    def _by_row(self, size: int) -> tuple[Rows, tuple[str, ...]]:
+        """The request of every row, where segments have `size` rows; None between, nothing behind them.
+
+        And their ids.
+        """
         rows: list[LiveRequest | None] = []
         for segment, requests in enumerate(self._segments):
             if requests:
                 rows += [None] * (segment * size - len(rows))
                 rows += requests
-        return tuple(rows)
+        return tuple(rows), tuple([row.request.request_id if row else "" for row in rows])
 
     def _sampling(self, requests: Rows, rows: int) -> SamplingRows | None:
         return sampling_rows(

@@ -172,16 +172,11 @@ class Scheduler:
         for index, (microbatch, rows, row_tokens) in enumerate(
             zip(plan.microbatches, requests, chosen, strict=True)
         ):
-            new = [
-                (row, request, int(row_tokens[row]))
-                for row, request in enumerate(rows)
-                if request and microbatch.samples[row]
-            ]
-            events += self._read(index, new)
+            events += self._read(index, rows, microbatch.samples.tolist(), row_tokens.tolist())
             if microbatch.kind == "decode":
                 self._decode[microbatch.microbatch].read(plan.step, row_tokens)
                 continue
-            prefilled = [request for _, request, _ in new]
+            prefilled = [live for row, live in enumerate(rows) if live and microbatch.samples[row]]
             if microbatch.prompt_targets is not None:
                 events += [
                     _of_prompt(index, row, request)
@@ -296,38 +291,33 @@ class Scheduler:
         self._prefilling = [request for request in self._prefilling + admitted if request not in ready]
         return plan, chosen
 
-    def _read(self, microbatch: int, new: Sequence[tuple[int, LiveRequest, int]]) -> list[TokenEvent]:
-        """What the new token of each (row, request) means; requests that end give their pages back."""
+    def _read(
+        self, microbatch: int, rows: Rows, samples: Sequence[bool], tokens: Sequence[int]
+    ) -> list[TokenEvent]:
+        """What the new token of each row means; requests that end give their pages back."""
         events = []
-        for row, request, token in new:
-            if request.ended:
+        for row, live in enumerate(rows):
+            if live is None or live.ended or not samples[row]:
                 continue
-            request.tokens.append(token)
-            generated = len(request.tokens) - request.prompt_len
+            token = tokens[row]
+            live.tokens.append(token)
+            generated = len(live.tokens) - live.prompt_len
             reason: FinishReason | None = None
-            if token in request.request.stop_token_ids:
+            if token in live.request.stop_token_ids:
                 reason = "stop"
-            elif generated == request.max_tokens:
+            elif generated == live.max_tokens:
                 reason = "length"
-            self.generation_tokens += 1
-            self.prompt_tokens += request.prompt_len if generated == 1 else 0
+            if generated == 1:
+                self.prompt_tokens += live.prompt_len
             if reason:
-                self._end(request)
-            request_id = request.request.request_id
-            events.append(
-                TokenEvent(
-                    request_id=request_id,
-                    token_id=token,
-                    finish_reason=reason,
-                    microbatch=microbatch,
-                    row=row,
-                )
-            )
+                self._end(live)
+            events.append(TokenEvent(live.request.request_id, token, reason, microbatch, row))
+        self.generation_tokens += len(events)
         return events
 
     def _start_decoding(self, prefilled: Sequence[LiveRequest]) -> None:
         """Give each request that was prefilled and goes on a row in the emptiest decode microbatch."""
-        for rows in self._decode:
+        for rows in self._decode if prefilled else ():
             rows.pack()
         for request in prefilled:
             if request.running:

@@ -22,6 +22,7 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self.inner, self.chat_template = inner, chat_template
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -45,6 +46,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.inner.decode(token_ids, skip_special_tokens=True)
+
+    def text_of(self, token_id: int) -> str:
+        """One token alone, special tokens too; kept, since the same few are asked for all the time."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self.inner.decode([token_id], skip_special_tokens=False)
+        return self._texts[token_id]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
