@@ -36,10 +36,10 @@ ENGINE_GAUGES = {
     "pages_used": ("pages_used", "KV pages that requests hold."),
     "pages_total": ("pages_total", "KV pages in all."),
     "microbatches": ("microbatches", "Microbatches that the decoding rows are split into."),
-    "wire_bytes_per_step": ("wire_bytes_per_step", "Bytes of q, k, v and o between the meshes, on average."),
-    "wire_messages_per_step": ("wire_messages_per_step", "Messages between the meshes, on average."),
-    "wire_metadata_bytes_per_step": ("wire_metadata_bytes_per_step", "Bytes beside those, on average."),
-    "host_microseconds_per_step": ("host_microseconds_per_step", "The host's own work, on average."),
+    "wire_bytes_per_step": ("wire_bytes_per_step", "Mean bytes of q, k, v and o that a step sends."),
+    "wire_messages_per_step": ("wire_messages_per_step", "Mean messages that a step sends."),
+    "wire_metadata_bytes_per_step": ("wire_metadata_bytes_per_step", "Mean bytes of a step's metadata."),
+    "host_microseconds_per_step": ("host_microseconds_per_step", "Mean of the host's own work."),
 }
 """Keys of `Engine.stats`, their names here, and what they mean."""
 
@@ -70,13 +70,13 @@ class ServerMetrics(Collector):
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN_SECONDS
+            "time_to_first_token_seconds", "From the HTTP request to its first token.", FIRST_TOKEN_SECONDS
         )
         self.between_tokens = self._histogram(
             "inter_token_latency_seconds", "From a request's token to its next.", BETWEEN_TOKENS_SECONDS
         )
         self.latency = self._histogram(
-            "e2e_request_latency_seconds", "From the request to its last token.", REQUEST_SECONDS
+            "e2e_request_latency_seconds", "From the HTTP request to its last token.", REQUEST_SECONDS
         )
         self.prompt_lengths = self._histogram(
             "request_prompt_tokens", "Tokens of a request's prompt.", TOKENS
@@ -86,7 +86,7 @@ class ServerMetrics(Collector):
         )
         self._ended = Counter(
             f"{PREFIX}request_success",
-            "Requests that have ended: stop, length, abort (the client left) or error.",
+            "Requests that have ended, by how: stop, length, abort or error.",
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
@@ -104,15 +104,16 @@ class ServerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """What the engine says. Called by the registry."""
         yield self._family(
-            GaugeMetricFamily, "worker_lost", "Whether an attention worker is.", self.worker_lost
+            GaugeMetricFamily, "worker_lost", "1 while an attention worker is lost.", self.worker_lost
         )
         for kind, table in ((GaugeMetricFamily, ENGINE_GAUGES), (CounterMetricFamily, ENGINE_COUNTERS)):
             for key, (name, text) in table.items():
                 if key in self.engine:
                     yield self._family(kind, name, text, self.engine[key])
         if "pages_total" in self.engine:
+            text = "Share of the KV pages that requests hold; 1 is full."
             usage = self.engine["pages_used"] / max(self.engine["pages_total"], 1)
-            yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "Of the KV pages; 1 is full.", usage)
+            yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", text, usage)
 
     def _family(
         self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float
