@@ -13,6 +13,7 @@ from fake_server import FakeEngine, continuation, running
 from starlette.responses import PlainTextResponse
 
 from lamina_jax.config import ConfigError
+from lamina_jax.serve import main
 from lamina_jax.server.api_keys import read_keys
 from lamina_jax.server.auth import KeyGuard
 
@@ -156,3 +157,12 @@ def test_a_server_with_keys(file: Path, capfd: pytest.CaptureFixture[str]) -> No
     for text in (answer.text, *(page.text for page in pages), printed.out, printed.err):
         assert KEY not in text
         assert OTHER not in text
+
+
+def test_the_command_refuses_a_wrong_file_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--port", "0", "--api-key-file", str(tmp_path / "none")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: api_key_file=")
+    assert printed.count("\n") == 1
