@@ -25,8 +25,8 @@ class EngineHost(Protocol):
 
     connection: socket.socket
 
-    def ended(self, seconds: float) -> str | None:
-        """How it has ended, after so many seconds at most; None: it still runs."""
+    def ended(self) -> str | None:
+        """How it has ended; None: it still runs."""
 
     def kill(self) -> None:
         """End it now, whatever it does."""
@@ -65,10 +65,9 @@ class EngineProcess:
         if start is not None:
             self.connection.sendall(pack(start))
 
-    def ended(self, seconds: float) -> str | None:
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+    def ended(self) -> str | None:
+        code = self._process.poll()
+        if code is None:
             return None
         if code >= 0:
             return f"has ended with exit code {code}"

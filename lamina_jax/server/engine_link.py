@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from lamina_jax.server.engine_host import EngineHost
 from lamina_jax.server.frames import EVENTS, FrameError, pack, read
@@ -11,6 +12,10 @@ from lamina_jax.server.messages import Died, Event, Message, Stop
 
 LAST_SECONDS = 1.0
 """Between the end of an engine's socket and the end of its process."""
+
+
+LOOK_SECONDS = 0.02
+"""Between two looks at whether it has ended."""
 
 
 class EngineLink:
@@ -42,8 +47,7 @@ class EngineLink:
             except FrameError as error:
                 event = Died(f"it said what cannot be read: {error}")
             except (EOFError, OSError):
-                how = await asyncio.to_thread(self._host.ended, LAST_SECONDS)
-                event = Died(f"its process {how or 'speaks no more'}")
+                event = Died(f"its process {await self._ended(LAST_SECONDS) or 'speaks no more'}")
             yield event
             if isinstance(event, Died):
                 return
@@ -52,7 +56,15 @@ class EngineLink:
         """Have the engine end by itself within so many seconds; 0, or after them: kill it."""
         if seconds:
             self.send(Stop())
-        if await asyncio.to_thread(self._host.ended, seconds) is None:
+        if await self._ended(seconds) is None:
             self._host.kill()
-            await asyncio.to_thread(self._host.ended, LAST_SECONDS)
+            await self._ended(LAST_SECONDS)
         self._writer.close()
+
+    async def _ended(self, seconds: float) -> str | None:
+        """How the engine has ended, after so many seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._host.ended() is None:
+                    await asyncio.sleep(LOOK_SECONDS)
+        return self._host.ended()

@@ -137,8 +137,7 @@ class EngineThread(threading.Thread):
         super().__init__(target=EngineLoop(build, theirs).run, name="engine", daemon=True)
         self.start()
 
-    def ended(self, seconds: float) -> str | None:
-        self.join(seconds)
+    def ended(self) -> str | None:
         return None if self.is_alive() else "has ended"
 
     def kill(self) -> None:
@@ -226,6 +225,8 @@ def running(
         found = Running(engine, server, client, threading.Thread(target=serve))
         found.thread.start()
         try:
+            with suppress(httpx.TransportError):  # it may have ended already
+                client.get("/health")  # it runs: only now can it be told to stop
             if ready:
                 found.wait_ready()
             yield found

@@ -137,7 +137,7 @@ class Scripted:
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.killed = connection, False
 
-    def ended(self, seconds: float) -> str | None:
+    def ended(self) -> str | None:
         return "was ended by SIGKILL" if self.killed else None
 
     def kill(self) -> None:
