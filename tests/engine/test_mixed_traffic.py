@@ -23,6 +23,9 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 3, "prompt_logprobs": 1},
     {"temperature": 1.0, "seed": 11, "n": 3, "min_tokens": 4, "stop_token_ids": range(0, 160, 2)},
 ]
+PAGES = {"heads": 14, "requests": 12, "tokens": 6}
+"""Of each worker: hardly more than the longest request needs."""
+
 LENGTHS = (1, 7, 8, 21, 40, 63, 17)
 
 
@@ -38,7 +41,7 @@ def cases() -> list[tuple[list[int], SamplingParams]]:
     return [
         (
             rng.integers(0, TINY.vocab_size, size=LENGTHS[case % len(LENGTHS)]).tolist(),
-            SamplingParams(max_tokens=int(rng.integers(1, 20)), **KINDS[kind])
+            SamplingParams(max_tokens=int(rng.integers(20, 50)), **KINDS[kind])
             if "min_tokens" not in KINDS[kind]
             else SamplingParams(max_tokens=20, **KINDS[kind]),
         )
@@ -75,9 +78,10 @@ def test_arrivals_at_random_change_nothing(
     microbatches: Any,
     overlap: Any,
 ) -> None:
-    """`remote`: how many attention workers; 0: two memory devices of this process."""
+    """`remote`: how many attention workers; 0: two memory devices of this process. Pages run out."""
     there = {"attention": workers(remote)} if remote else {"memory_devices": "cpu:1-2"}
-    llm = LLM(checkpoint, partition=partition, microbatches=microbatches, overlap=overlap, **there, **SMALL)
+    settings = {"partition": partition, "microbatches": microbatches, "overlap": overlap}
+    llm = LLM(checkpoint, num_pages=PAGES[partition], **settings, **there, **SMALL)
     seed = remote + microbatches
     engine, rng = llm.engine, np.random.default_rng(seed)
     waiting = list(rng.permutation(len(cases)))
@@ -96,6 +100,7 @@ def test_arrivals_at_random_change_nothing(
         _close(output.prompt_logprobs, expected.prompt_logprobs)
     stats = llm.stats()
     assert stats["compilations_after_ready"] == 0
+    assert stats["preemptions"] > 0
     assert stats["pages_free"] == stats["pages_total"]
     llm.close()
 
