@@ -120,10 +120,10 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """What the engine counts.
 
-        Requests running and waiting; pages free, used and in all; steps; host time per step and of it
-        the dispatch; programs, wire bytes and messages per step (step metadata apart); compilations after
-        ready; and the facts of the start: placement, microbatches, overlap, the devices that hold weights
-        and those that hold pages.
+        Requests running and waiting; preemptions; tokens of prompts and tokens generated; pages free, used
+        and in all; steps; host time per step and of it the dispatch; programs, wire bytes and messages per
+        step (step metadata apart); compilations after ready; and the facts of the start: placement,
+        microbatches, overlap, the devices that hold weights and those that hold pages.
         """
         return self.engine.stats()
 
