@@ -16,9 +16,11 @@ from lamina_jax.benchmarks import (
     exchange,
     overlap,
     partition,
+    perplexity,
     prefill,
     sampler,
     serve,
+    startup,
 )
 
 BENCHMARKS = {
@@ -28,9 +30,11 @@ BENCHMARKS = {
     "exchange": exchange,
     "overlap": overlap,
     "partition": partition,
+    "perplexity": perplexity,
     "prefill": prefill,
     "sampler": sampler,
     "serve": serve,
+    "startup": startup,
 }
 
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,12 @@ from lamina_jax.benchmarks.columns import (
     models,
     summary,
     time_in_turn,
+)
+from lamina_jax.benchmarks.reference import (
+    NO_REFERENCE,
+    add_reference_python,
+    reference_command,
+    reference_python,
 )
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.memory import host_memory
@@ -45,11 +50,6 @@ GOALS: dict[tuple[str, str], dict[int, float]] = {
 
 GOAL_BATCHES = 8, 32
 MEMORY_SHARE = 0.6
-
-HOW_TO_COMPARE = (
-    "no column transformers: this Python has no torch and transformers. `make .venv-parity/.installed`, then "
-    "--reference-python .venv-parity/bin/python"
-)
 
 Timings = dict[str, list[dict[str, Any]]]
 """Of a cell, by column: what each round took."""
@@ -83,11 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folders, or 'bundled' (default {RANDOM_QWEN3}: random weights of that shape)",
     )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
-    parser.add_argument(
-        "--reference-python",
-        metavar="PATH",
-        help="a Python that has torch and transformers, for the column transformers (default: this one)",
-    )
+    add_reference_python(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -95,9 +91,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches, contexts, dtypes = args.batch, args.context, args.dtype
     if args.quick:
         batches, contexts, dtypes = [8], [128, 1024], ["bfloat16"]
-    reference = args.reference_python or (_has_reference() and sys.executable) or None
+    reference = reference_python(args.reference_python)
     if reference is None:
-        print(HOW_TO_COMPARE, file=sys.stderr)
+        print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
@@ -109,10 +105,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
                 print(_text(cell, timings, rows), flush=True)
     return results
-
-
-def _has_reference() -> bool:
-    return bool(find_spec("torch") and find_spec(TRANSFORMERS))
 
 
 class Comparison:
@@ -178,10 +170,8 @@ class Comparison:
     def _command(self, name: str, cells: Sequence[Cell]) -> list[str]:
         if name == TRANSFORMERS:
             assert self._reference is not None
-            script = Path(__file__).with_name("transformers_worker.py")
-            settings = json.dumps({"model": str(self._folder), "dtype": self._dtype})
-            # -P: the modules beside the script are not its own, and have the names of others.
-            return [self._reference, "-P", str(script), settings]
+            settings = {"model": str(self._folder), "dtype": self._dtype}
+            return reference_command(self._reference, "transformers_worker.py", settings)
         batch, context = (max(sizes) for sizes in zip(*cells, strict=True))
         common = {
             "model": str(self._folder),

@@ -1,0 +1,196 @@
+"""Perplexity of a text under a model, disaggregated and collocated, for each dtype of the KV cache.
+
+The text is scored through the engine's own prompt log-probabilities: it is prefilled in chunks, and all but
+the first chunk of a window read what the earlier ones cached. So a fault of the split, or of the cache's
+dtype, shows as a difference to the first row. See `lamina_jax.benchmarks.windows` for how a long text is cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.reference import (
+    NO_REFERENCE,
+    add_reference_python,
+    reference_command,
+    reference_python,
+)
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.windows import Window, windows
+from lamina_jax.core import SamplingParams
+from lamina_jax.llm import LLM
+from lamina_jax.models.hf_config import read_config
+from lamina_jax.weights.hub import find_model
+from lamina_jax.weights.tokenizer import load_tokenizer
+
+PLACEMENTS = "disaggregated", "collocated"
+"""In this order: the first engine decides how many virtual CPU devices there are, and it needs more."""
+
+KV_DTYPES = "float32", "bfloat16"
+REFERENCE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a text under a model.
+
+    Attributes:
+        nll: mean negative log-likelihood of a token, in nats.
+        seconds: that it took to score.
+    """
+
+    nll: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="bundled", help="a folder, or 'bundled' (the default)")
+    parser.add_argument(
+        "--text", type=Path, default=Path("README.md"), help="a file in UTF-8 (default README.md)"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="only so many of its first tokens")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of a window (default 1024, or what the model takes)"
+    )
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: half a window)")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens prefilled at once (default 256)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("auto", "float32", "bfloat16"),
+        default=["auto"],
+        help="of the weights (default: the checkpoint's)",
+    )
+    parser.add_argument("--quick", action="store_true", help="the first 2048 tokens")
+    parser.add_argument("--reference", action="store_true", help="a row of torch and transformers, too")
+    add_reference_python(parser)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a table; the results as plain dicts."""
+    reference = reference_python(args.reference_python)
+    wanted = args.reference or args.reference_python is not None
+    if wanted and reference is None:
+        raise SystemExit(NO_REFERENCE)
+    folder = find_model(args.model)
+    shape = read_config(folder)
+    context = min(args.context, shape.max_position - 1)
+    try:
+        cut = windows(_tokens(folder, args), context, args.stride or max(1, context // 2))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    counted = sum(window.counted for window in cut)
+    print(
+        f"{args.text}: {counted} tokens in {len(cut)} windows of at most {context}, prefilled in chunks of "
+        f"{args.chunk}",
+        file=sys.stderr,
+    )
+    results = []
+    for dtype in dict.fromkeys(shape.dtype if name == "auto" else name for name in args.dtype):
+        for row, score in _scores(folder, dtype, context, args.chunk, cut, reference if wanted else None):
+            results.append(
+                {**row, "nll": score.nll, "perplexity": score.perplexity, "seconds": score.seconds}
+            )
+            print(f"scored: {', '.join(row.values())}", file=sys.stderr)
+    print(f"{args.model}, {args.text}: {counted} tokens, windows of {context}\n")
+    print(table(results, counted))
+    return [{**result, "tokens": counted, "windows": len(cut), "context": context} for result in results]
+
+
+def _tokens(folder: Path, args: argparse.Namespace) -> list[int]:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise SystemExit(f"{folder} has no tokenizer.json: its text cannot become tokens")
+    most = 2048 if args.quick else args.max_tokens
+    return tokenizer.encode(args.text.read_text(encoding="utf-8"))[:most]
+
+
+def _scores(
+    folder: Path, dtype: str, context: int, chunk: int, cut: Sequence[Window], reference: str | None
+) -> Iterator[tuple[dict[str, str], Score]]:
+    """Every row for one dtype of the weights: what it is, and its score. The cache's own choice is first."""
+    for placement, kv_dtype in product(PLACEMENTS, sorted(KV_DTYPES, key=lambda name: name != dtype)):
+        settings: dict[str, Any] = {"placement": placement, "dtype": dtype, "kv_dtype": kv_dtype}
+        with LLM(
+            str(folder),
+            **settings,
+            max_model_len=context + 1,
+            max_num_seqs=1,
+            max_prefill_tokens=min(chunk, context),
+            prefill_stall_ms=math.inf,
+        ) as llm:
+            yield settings, score(llm, cut)
+        del llm
+        gc.collect()  # two models may not fit
+    if reference is not None:
+        yield {"placement": "transformers", "dtype": dtype}, score_by_reference(reference, folder, dtype, cut)
+
+
+def score(llm: LLM, cut: Sequence[Window]) -> Score:
+    """The windows under a model whose `max_model_len` has room for one more token."""
+    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    started = time.perf_counter()
+    outputs = llm.generate([window.tokens for window in cut], asked)
+    seconds = time.perf_counter() - started
+    logprobs = []
+    for window, output in zip(cut, outputs, strict=True):
+        assert output.prompt_logprobs is not None
+        told = list(zip(window.tokens, output.prompt_logprobs, strict=True))[-window.counted :]
+        logprobs += [entries[token].logprob for token, entries in told if entries is not None]
+    assert len(logprobs) == sum(window.counted for window in cut)
+    return Score(-math.fsum(logprobs) / len(logprobs), seconds)
+
+
+def score_by_reference(python: str, folder: Path, dtype: str, cut: Sequence[Window]) -> Score:
+    """The windows under the same checkpoint as transformers reads it."""
+    command = reference_command(python, "transformers_perplexity.py", {"model": str(folder), "dtype": dtype})
+    try:
+        ended = subprocess.run(
+            command,
+            input=json.dumps(cut),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=REFERENCE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SystemExit(
+            f"transformers took longer than {REFERENCE_SECONDS:.0f} s: lower --max-tokens"
+        ) from None
+    if ended.returncode:
+        raise SystemExit(f"{python} ended with exit code {ended.returncode}")
+    told = json.loads(ended.stdout)
+    return Score(told["nll"] / sum(window.counted for window in cut), told["seconds"])
+
+
+def table(results: Sequence[dict[str, Any]], counted: int) -> str:
+    """A row for each result; NLL in nats per token, and how far it is from the first row's."""
+    header = ["", "weights", "KV cache", "perplexity", "NLL", "to the first", "tokens/s"]
+    rows = [
+        [
+            result["placement"],
+            result["dtype"],
+            result.get("kv_dtype", ""),
+            f"{result['perplexity']:.4f}",
+            f"{result['nll']:.5f}",
+            f"{result['nll'] - results[0]['nll']:+.5f}",
+            f"{counted / result['seconds']:.0f}",
+        ]
+        for result in results
+    ]
+    return format_table(header, rows)
