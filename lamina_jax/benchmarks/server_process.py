@@ -20,6 +20,8 @@ from pathlib import Path
 START_SECONDS = 600.0
 """What loading and compiling may take."""
 
+POLL_SECONDS = 0.1
+
 END_SECONDS = 40.0
 """What the server may take to end, before it is killed."""
 
@@ -29,13 +31,15 @@ class ServerProcess:
 
     Attributes:
         url: where it listens, once `wait_ready` has returned.
+        lines: what it has said on stderr, with the seconds from its start.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = ()) -> None:
         command = [sys.executable, "-m", "lamina_jax.serve", model, "--port", "0", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.url = ""
-        self._lines: list[str] = []
+        self.started = time.monotonic()
+        self.lines: list[tuple[float, str]] = []
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -47,7 +51,8 @@ class ServerProcess:
             SystemExit: it has ended, or takes too long; with its last lines.
         """
         deadline = time.monotonic() + seconds
-        while not (self._listening.wait(0.1) and self._answers()):
+        while not (self._listening.is_set() and self._answers()):
+            time.sleep(POLL_SECONDS)  # its start is not to be held up by our asking
             if (code := self.process.poll()) is not None:
                 self._reader.join(5)
                 raise SystemExit(f"the server has ended with exit code {code}:\n{self._said()}")
@@ -73,7 +78,7 @@ class ServerProcess:
         assert self.process.stderr is not None
         with self.process.stderr as stream:
             for line in stream:
-                self._lines.append(line)
+                self.lines.append((time.monotonic() - self.started, line))
                 if found := re.match(r"listening on (http://\S+:\d+)", line):
                     self.url = found[1]
                     self._listening.set()
@@ -87,7 +92,7 @@ class ServerProcess:
         return False
 
     def _said(self) -> str:
-        return "".join(self._lines[-20:])
+        return "".join(line for _, line in self.lines[-20:])
 
 
 @contextmanager
