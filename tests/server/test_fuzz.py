@@ -32,7 +32,7 @@ from lamina_jax.core import MAX_LOGPROBS, Sampled, StepPlan, TokenLogprobs
 # The server draws its seeds in other threads while hypothesis draws its examples.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 
-FEW, MANY = 50, 2_000
+FEW, MANY = 50, 1_000
 MOST_BYTES = 20_000
 """Of an error: it repeats no more than a part of what was sent."""
 
@@ -75,7 +75,7 @@ def telling() -> Iterator[Running]:
 
 
 examples = pytest.mark.parametrize(
-    "examples", [FEW, pytest.param(MANY, marks=[pytest.mark.load, pytest.mark.timeout(600)])]
+    "examples", [FEW, pytest.param(MANY, marks=[pytest.mark.load, pytest.mark.timeout(900)])]
 )
 
 

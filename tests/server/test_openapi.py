@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module i
 
 
 @pytest.mark.parametrize(
-    "examples", [30, pytest.param(1_000, marks=[pytest.mark.load, pytest.mark.timeout(600)])]
+    "examples", [30, pytest.param(300, marks=[pytest.mark.load, pytest.mark.timeout(900)])]
 )
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_what_is_promised(fake: Running, mode: GenerationMode, examples: int) -> None:
