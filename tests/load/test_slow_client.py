@@ -25,7 +25,7 @@ OTHERS, TOKENS = 32, 100
 CHOICES, LONG = 16, 200
 MOST_SLOWDOWN = 2.5
 """The others' time per token, of what it is while the slow client is not there. It takes a third of the rows,
-with everything that is dear to tell, and the machine is noisy; to be held up would take many times as long."""
+with all that is dear to tell, and the machine is noisy; to be held up would take many times as long."""
 
 READ_SECONDS = 60.0
 

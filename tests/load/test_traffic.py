@@ -14,10 +14,13 @@ from traffic import Answer, Case, alone, cases, send
 
 from lamina_jax import LLM
 
-pytestmark = [pytest.mark.load, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.load, pytest.mark.timeout(900)]
 
 REQUESTS, RATE, SEED = 200, 60.0, 6
 SEATS = 48
+SETTINGS: dict[str, Any] = FEW_PROGRAMS | {"page_size": 4}
+"""Small pages: a request grows by many, so that those in flight outgrow the pool."""
+
 TRAFFIC_SECONDS = 240.0
 
 
@@ -29,16 +32,15 @@ def traffic() -> list[Case]:
 @pytest.fixture(scope="module")
 def num_pages(traffic: list[Case]) -> int:
     """For a third of those that have seats, if each took its longest."""
-    page = FEW_PROGRAMS["page_size"]
-    pages = [-(-case.tokens // page) for case in traffic]
-    return max(SEATS * sum(pages) // len(pages) // 3, -(-FEW_PROGRAMS["max_model_len"] // page))
+    pages = [-(-case.tokens // SETTINGS["page_size"]) for case in traffic]
+    return SEATS * sum(pages) // len(pages) // 3
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: str, traffic: list[Case]) -> list[Answer | None]:
     """What each gets alone, of a collocated model; None where its client leaves."""
-    settings: dict[str, Any] = FEW_PROGRAMS | {"max_num_seqs": 4}
-    with LLM(checkpoint, placement="collocated", **settings) as llm:
+    settings = SETTINGS | {"max_num_seqs": 4, "placement": "collocated"}
+    with LLM(checkpoint, **settings) as llm:
         return [alone(llm, case) if case.leaves == "never" else None for case in traffic]
 
 
@@ -54,7 +56,8 @@ def test_each_gets_what_it_gets_alone(
     """`workers`: attention workers; 0: all in the engine's process."""
     there = [run(WorkerProcess) for _ in range(workers)]
     where = {"attention": ",".join(worker.wait_listening().address for worker in there)} if workers else {}
-    server: LiveServer = run(LiveServer, checkpoint, max_num_seqs=SEATS, num_pages=num_pages, **where)
+    settings = SETTINGS | {"max_num_seqs": SEATS, "num_pages": num_pages} | where
+    server: LiveServer = run(LiveServer, checkpoint, **settings)
     answers, most = asyncio.run(_send_all(server, traffic))
     for case, answer, wanted in zip(traffic, answers, expected, strict=True):
         if wanted is not None:

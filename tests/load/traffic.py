@@ -75,7 +75,7 @@ def cases(count: int, rate: float, seed: int) -> list[Case]:
 
 
 def _case(at: float, random: np.random.Generator) -> Case:
-    ids = random.integers(MODEL.vocab_size, size=int(random.choice([1, 7, 8, 21, 40, 63, 90]))).tolist()
+    ids = random.integers(MODEL.vocab_size, size=int(random.choice([1, 4, 7, 8, 21, 40, 90]))).tolist()
     chats = random.random() < 0.2
     prompt = [text_of(part.tolist()) for part in np.array_split(ids[:30], 3) if len(part)] if chats else ids
     leaves = random.choice(["never", "soon", "accepted", "midway"], p=[0.67, 0.11, 0.11, 0.11])
@@ -83,7 +83,7 @@ def _case(at: float, random: np.random.Generator) -> Case:
     return Case(
         at=at,
         prompt=prompt,
-        sampling={"max_tokens": int(random.integers(5, 120)), **kind},
+        sampling={"max_tokens": int(random.integers(5, 160)), **kind},
         stream=bool(leaves in ("accepted", "midway") or random.random() < 0.4),
         leaves=leaves.item(),
         patience=float(random.uniform(0, 0.3)),
