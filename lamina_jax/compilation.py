@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +110,19 @@ def compile_all(jobs: Iterable[Job], report: Callable[[int, int], None]) -> Comp
         # After an error, programs that are being compiled are not waited for: each can take minutes.
         pool.shutdown(wait=False, cancel_futures=True)
     return Compiled(counter.count, counter.from_cache, time.monotonic() - started)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Leave garbage in cycles where it is: tracing makes millions of objects that are needed, and looking
+    for cycles among them again and again takes a seventh of a start."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def num_cores() -> int:

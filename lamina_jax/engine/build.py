@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lamina_jax.compilation import CompilationCounter, compile_all
+from lamina_jax.compilation import CompilationCounter, compile_all, no_collections
 from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.devices import Devices, choose_devices
@@ -116,12 +116,13 @@ def build_engine(
     else:
         assembly = _collocated(sliced, params, geometry, mesh, limits, sampler)
 
-    compiled = compile_all(assembly.probe(), partial(report, "compiling"))
     weight_bytes = bytes_per_device(jax.tree.leaves(params))
-    budget = plan_budget(rooms, assembly.shares(weight_bytes), config, limits)
-    log.info("%s", budget.table())
-    runner, jobs = assembly.open(budget.num_pages)
-    compiled = compiled.and_then(compile_all(jobs, partial(report, "compiling attention")))
+    with no_collections():
+        compiled = compile_all(assembly.probe(), partial(report, "compiling"))
+        budget = plan_budget(rooms, assembly.shares(weight_bytes), config, limits)
+        log.info("%s", budget.table())
+        runner, jobs = assembly.open(budget.num_pages)
+        compiled = compiled.and_then(compile_all(jobs, partial(report, "compiling attention")))
     log.info("%s", compiled)
 
     scheduling = limits.scheduler(budget.num_pages, shape.vocab_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -59,7 +59,8 @@ class CollocatedRunner:
         pages_per_request: int,
         sampler: Sampler,
     ) -> None:
-        self._sliced, self._params, self._geometry, self._mesh = sliced, params, geometry, mesh
+        self._geometry, self._mesh = geometry, mesh
+        self._sliced_at = cache(lambda *shape: sliced.at(params, *step_shapes(*shape)))
         self._rows, self._pages_per_request, self._sampler = rows, pages_per_request, sampler
         self._replicated = NamedSharding(mesh, P())
         self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
@@ -111,7 +112,7 @@ class CollocatedRunner:
         def like(array: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
-        sliced = self._sliced.at(self._params, *step_shapes(bucket))
+        sliced = self._sliced_at(bucket)
         attend = self._attend if cached else None
         step = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
         weights = tuple(like(weight) for weight in self._weights)
@@ -130,7 +131,7 @@ class CollocatedRunner:
         (logits,) = sliced.slices[-1].fused.out_avals
         yield from self._sampler.jobs(*logits.shape)
         if queries > 1 and bucket not in self._prompts:
-            last = self._sliced.at(self._params, *step_shapes(bucket, PROMPT_ROWS)).slices[-1].fused
+            last = self._sliced_at(bucket, PROMPT_ROWS).slices[-1].fused
             behind = tuple(
                 jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=self._replicated)
                 for port, aval in zip(last.inputs, last.in_avals, strict=True)

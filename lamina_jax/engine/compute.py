@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -69,7 +69,8 @@ class ComputeSide:
     ) -> None:
         self.num_slices, self._mesh, self._table = len(sliced.slices), mesh, table
         self._partition, self._wire_dtype = partition, wire_dtype
-        self._sliced, self._params, self._rows = sliced, params, rows
+        self._rows = rows
+        self._sliced_at = cache(lambda *shape: sliced.at(params, *step_shapes(*shape)))
         self.place = NamedSharding(mesh, programs.WHOLE)
         self._heads, self._flat = NamedSharding(mesh, programs.HEADS), NamedSharding(mesh, programs.FLAT)
         self._weights = jax.tree.leaves(params)
@@ -137,7 +138,7 @@ class ComputeSide:
 
     def jobs(self, bucket: Bucket, *, cached: bool, overlap: bool) -> Iterator[Job]:
         """What compiles the programs of one bucket: with a cached part or none, in two stages or one."""
-        sliced = self._sliced.at(self._params, *step_shapes(bucket))
+        sliced = self._sliced_at(bucket)
         shape = self._shape(bucket)
         for index in range(self.num_slices):
             for form in _forms(index == self.num_slices - 1, cached and overlap):
@@ -165,7 +166,7 @@ class ComputeSide:
 
     def _prompt_jobs(self, bucket: Bucket, cached: bool) -> Iterator[Job]:
         """The last slice once more, for the logits of PROMPT_ROWS places of a prompt."""
-        sliced = self._sliced.at(self._params, *step_shapes(bucket, PROMPT_ROWS))
+        sliced = self._sliced_at(bucket, PROMPT_ROWS)
         shape = self._shape(bucket)
         stage, function, inputs = self._describe(sliced, shape, self.num_slices - 1, "last", cached)
         key = ("prompt", bucket, cached)
