@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ from rich.progress import (
 )
 
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.safetensors import StoredTensor, find_tensors
+from lamina_jax.weights.safetensors import StoredTensor, find_tensors, opened
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,8 @@ CONFIG_KEYS = {
 ALIGNMENT = 64
 """Bytes. A CPU device takes an array over from numpy without a copy where it begins at a multiple."""
 
-TRANSPOSED_ROWS = 128
-"""Rows that are turned at once: two to three times as fast as a whole large matrix."""
+BLOCK_ROWS = 128
+"""Rows that are read and turned at once: two to three times as fast as a whole large matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ def load_weights(
 ) -> dict[str, jax.Array]:
     """Read the tensors of `specs` from a folder's safetensors files, by their names.
 
-    Files are memory-mapped, and at most one tensor is in the host's memory beside what `place` keeps.
+    At most one tensor, and a few rows, are in the host's memory beside what `place` keeps.
     A progress bar goes to stderr where that is a terminal.
 
     Raises:
@@ -121,17 +120,16 @@ def load_weights(
     """
     stored = find_tensors(folder)
     check(specs, stored)
-    in_file_order = sorted(specs, key=lambda spec: (stored[spec.name].file, stored[spec.name].start))
-    total = sum(stored[spec.name].stop - stored[spec.name].start for spec in specs)
+    spec_by_name = {spec.name: spec for spec in specs}
+    needed = {name: tensor for name, tensor in stored.items() if name in spec_by_name}
     arrays = {}
     with _progress_bar(progress) as bar:
-        task = bar.add_task("Loading weights", total=total)
-        for spec in in_file_order:
-            tensor = stored[spec.name]
-            arrays[spec.name] = place(spec, read_tensor(tensor, spec))
+        task = bar.add_task("Loading weights", total=sum(map(num_bytes, needed.values())))
+        for name, tensor in needed.items():
+            arrays[name] = place(spec_by_name[name], read_tensor(tensor, spec_by_name[name]))
             # Transfers are asynchronous: without waiting, every tensor would be in flight at once.
-            jax.block_until_ready(arrays[spec.name])
-            bar.advance(task, tensor.stop - tensor.start)
+            jax.block_until_ready(arrays[name])
+            bar.advance(task, num_bytes(tensor))
     return arrays
 
 
@@ -154,26 +152,21 @@ def check(specs: Iterable[TensorSpec], stored: dict[str, StoredTensor]) -> None:
         logger.warning("the model has no place for %s of the checkpoint", _some(unused))
 
 
+def num_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor, of a dtype of `DTYPES`, in its file."""
+    return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+
+
 def read_tensor(tensor: StoredTensor, spec: TensorSpec) -> np.ndarray:
     """A copy of one tensor in the spec's shape and dtype, converted and transposed on the way."""
-    stored = _map(tensor)
     out = _aligned_empty(spec.shape, np.dtype(spec.dtype))
-    if not spec.transpose:
-        np.copyto(out, stored, casting="unsafe")
-        return out
-    for row in range(0, len(stored), TRANSPOSED_ROWS):
-        rows = slice(row, row + TRANSPOSED_ROWS)
-        np.copyto(out[..., rows], stored[rows].T, casting="unsafe")
+    as_stored = out.T if spec.transpose else out
+    with opened(tensor.file) as file:
+        stored = file.get_slice(spec.name)
+        for row in range(0, len(as_stored), BLOCK_ROWS):
+            block = as_stored[row : row + BLOCK_ROWS]
+            np.copyto(block, stored[row : row + len(block)], casting="unsafe")
     return out
-
-
-def _map(tensor: StoredTensor) -> np.ndarray:
-    """A tensor in its file's pages, which are let go with the array."""
-    first = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-    with tensor.file.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), tensor.stop - first, access=mmap.ACCESS_READ, offset=first)
-    dtype = DTYPES[tensor.dtype]
-    return np.frombuffer(pages, dtype, math.prod(tensor.shape), tensor.start - first).reshape(tensor.shape)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
