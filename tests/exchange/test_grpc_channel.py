@@ -211,11 +211,16 @@ def test_closing_wakes_both_directions_and_ends_the_threads() -> None:
 
 def test_the_servers_half_learns_that_the_engine_is_gone() -> None:
     ended: list[ChannelClosed] = []
-    done = threading.Event()
+    done, waits = threading.Event(), threading.Event()
+
+    def told(requests: Iterator[bytes]) -> Iterator[bytes]:
+        yield next(requests)
+        waits.set()
+        yield from requests
 
     def handler(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
-            for frame in serve_stream(requests, room):
+            for frame in serve_stream(told(requests), room):
                 yield encode(frame.header, [frame.payload])
         except ChannelClosed as error:
             ended.append(error)
@@ -226,7 +231,7 @@ def test_the_servers_half_learns_that_the_engine_is_gone() -> None:
         channel = GrpcChannel(calls, (), 5)
         channel.send(Header(Kind.QUERY, 0), [])
         channel.receive(room)
-        time.sleep(0.3)  # until the handler waits for the next frame
+        assert waits.wait(5), "the handler does not ask for the next frame"
         channel.close()
         assert done.wait(5)
     assert len(ended) == 1
