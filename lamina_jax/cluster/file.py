@@ -12,9 +12,16 @@ from typing import Any
 
 import lamina_jax
 from lamina_jax.cluster.claims import check_claims
-from lamina_jax.cluster.processes import Cluster, EngineProcess, Process, WorkerProcess, join_address
+from lamina_jax.cluster.processes import Cluster, EngineProcess, Process, WorkerProcess
 from lamina_jax.cluster.table import Table, names, read_file
-from lamina_jax.config import AttendConfig, ConfigError, EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.config import (
+    AttendConfig,
+    ConfigError,
+    EngineConfig,
+    SecurityConfig,
+    ServerConfig,
+    address_of,
+)
 
 ELSEWHERE = {
     "attention": "the engine's workers are those under [[workers]]",
@@ -65,7 +72,7 @@ def _worker(table: Table, hosts: dict[str, str]) -> WorkerProcess:
     table.only(*sorted(own), *sorted(names(AttendConfig) - {"listen"}))
     worker = table.some(own).read(WorkerProcess)
     _check_host(table, worker, hosts)
-    listen = join_address(hosts[worker.host], worker.port)
+    listen = address_of(hosts[worker.host], worker.port)
     flags = table.some(table.values.keys() - own)
     return replace(worker, settings=flags.read(AttendConfig, listen=listen))
 

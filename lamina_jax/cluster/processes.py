@@ -80,8 +80,3 @@ class Cluster:
     def address(self, process: Process) -> str:
         """The address of a process's host."""
         return self.hosts[process.host]
-
-
-def join_address(host: str, port: int) -> str:
-    """ "host:port", an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

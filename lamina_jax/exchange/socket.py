@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina_jax.config import host_and_port
 from lamina_jax.exchange.buffers import BufferPool
 from lamina_jax.exchange.channel import ChannelClosed, Frame, Room
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, ProtocolError, unpack_header
@@ -174,7 +175,7 @@ def connect(
     most `CONNECT_SECONDS` each.
 
     Raises:
-        ValueError: no such kind of address.
+        ConfigError: no such kind of address.
         ChannelClosed: nobody answers there, or not in TLS that `ssl_context` trusts.
     """
     seconds = min(deadline_seconds, CONNECT_SECONDS)
@@ -184,7 +185,7 @@ def connect(
                 raise ValueError(f"{address} stays on this machine: there is no TLS for it, leave it out")
             sock = _connected(socket.socket(socket.AF_UNIX), address.removeprefix("unix:"), seconds)
         else:
-            host, port = _host_and_port(address)
+            host, port = host_and_port("address", address)
             sock = socket.create_connection((host, port), seconds)
             if ssl_context is not None:
                 sock = ssl_context.wrap_socket(sock, server_hostname=host)
@@ -201,13 +202,6 @@ def _connected(sock: socket.socket, path: str, seconds: float) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal()):
-        raise ValueError(f"{address!r} is no address: give host:port or unix:/path")
-    return host.strip("[]"), int(port)
 
 
 def _prepare(sock: socket.socket, tick_seconds: float) -> None:
