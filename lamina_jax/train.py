@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamina_jax.training.corpus import read_corpus
 from lamina_jax.training.evaluation import evaluate_plain, load_plain
@@ -29,14 +27,14 @@ from lamina_jax.training.run import BUNDLED, Run
 
 HELD_OUT_SEED = 1_000_003
 EVALUATED_LENGTHS = (128, 256, 512, 1024, 1536, 2040)
-PLAIN_LINE_SECONDS = 30.0
+PRINT_SECONDS = 30.0
 
 
 def parse_phases(text: str) -> list[Phase]:
     """`256:70,1024:25` as phases of (tokens, minutes)."""
     try:
         phases = [
-            Phase(length=int(length), minutes=float(minutes))
+            Phase(int(length), float(minutes))
             for length, minutes in (part.split(":") for part in text.split(","))
         ]
     except ValueError:
@@ -44,7 +42,7 @@ def parse_phases(text: str) -> list[Phase]:
             f"{text!r} is not LENGTH:MINUTES,..., for example 256:70,1024:25"
         ) from None
     for phase in phases:
-        if not 2 <= phase.length < BUNDLED.max_position + 1 or phase.amount <= 0:
+        if not 2 <= phase.length <= BUNDLED.max_position or not 0 < phase.minutes < math.inf:
             raise argparse.ArgumentTypeError(
                 f"{text!r}: a length must be 2 to {BUNDLED.max_position} and its minutes positive"
             )
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.out is None:
         parser.error("give --out DIR (or --evaluate DIR)")
     run = Run(options.run, BUNDLED, read_corpus(), seed=options.seed)
-    state = run.state() if options.export else train_with_progress(run, options.minutes, console)
+    state = run.state() if options.export else train_aloud(run, options.minutes, console)
     export(run.model(state), run.config, run.tokenizer, options.out)
     console.print(f"wrote {options.out} after {state.progress.step} steps, {state.progress.tokens} tokens")
 
@@ -103,36 +101,22 @@ def print_recall(folder: Path, num: int, console: Console) -> None:
         console.print(f"{length:5d} tokens: {share:6.1%} of {num} held-out facts recalled", highlight=False)
 
 
-def train_with_progress(run: Run, phases: list[Phase], console: Console) -> TrainState:
-    """Trains; a progress bar on a terminal, a line every half minute elsewhere."""
+def train_aloud(run: Run, phases: list[Phase], console: Console) -> TrainState:
+    """Trains; prints a line every half minute, and the held-out recall at every checkpoint."""
+    printed = -PRINT_SECONDS
+
+    def on_step(report: Report) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= PRINT_SECONDS:
+            printed = time.monotonic()
+            console.print(f"{report.share_done:.1%} {describe(report)}", soft_wrap=True)
 
     def on_checkpoint(state: TrainState, report: Report) -> None:
         prompts = recall_prompts(HELD_OUT_SEED, 32, report.length, run.tokenizer)
         share = evaluate_plain(run.model(state), prompts)
         console.print(f"step {report.progress.step}: held-out recall at {report.length} tokens {share:.1%}")
 
-    if not console.is_terminal:
-        return run.train(phases, plain_lines(console), on_checkpoint)
-    columns = (BarColumn(), TextColumn("{task.percentage:.0f} %  {task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=1.0)
-        return run.train(
-            phases,
-            lambda report: bar.update(task, completed=report.share_done, description=describe(report)),
-            on_checkpoint,
-        )
-
-
-def plain_lines(console: Console) -> Callable[[Report], None]:
-    printed = -PLAIN_LINE_SECONDS
-
-    def on_step(report: Report) -> None:
-        nonlocal printed
-        if time.monotonic() - printed >= PLAIN_LINE_SECONDS:
-            printed = time.monotonic()
-            console.print(f"{report.share_done:.1%} {describe(report)}", soft_wrap=True)
-
-    return on_step
+    return run.train(phases, on_step, on_checkpoint)
 
 
 def describe(report: Report) -> str:

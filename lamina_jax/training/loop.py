@@ -1,8 +1,8 @@
 """The training loop: AdamW over the plain reading of a model, in phases of growing length.
 
-A phase lasts a number of minutes (or, for tests, of steps), and the learning rate follows the share of
-the whole plan that has passed; so training ends in time on any machine. This module knows nothing of
-where documents come from, of files, or of what is printed.
+A phase lasts a number of minutes, and the learning rate follows the share of the whole plan that has
+passed; so training ends in time on any machine. This module knows nothing of where documents come from,
+of files, or of what is printed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,32 +46,20 @@ class Hyperparameters:
     clip: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Train at `length` tokens for so many minutes, or for so many steps (exactly one is given)."""
+class Phase(NamedTuple):
+    """Train at `length` tokens for so many minutes."""
 
     length: int
-    minutes: float | None = None
-    steps: int | None = None
-
-    @property
-    def amount(self) -> float:
-        """In seconds or in steps."""
-        if self.minutes is not None:
-            return 60 * self.minutes
-        assert self.steps is not None
-        return float(self.steps)
+    minutes: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where training stands: steps and tokens done, seconds spent, and what of the current phase."""
+    """Where training stands: steps and tokens done, and seconds spent."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    phase: int = 0
-    spent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,48 +123,45 @@ def train(
     phases: list[Phase],
     batch: Callable[[int, int, int], Batch],
     hyper: Hyperparameters,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[TrainState, Report]]:
     """Trains from `state` through what is left of `phases`; yields after every step.
 
     Args:
         model: gives the definition; its own parameters are not touched.
         batch: (step, B, length) -> Batch, the same for the same step.
+        clock: in seconds.
     """
     step = jax.jit(_make_step(model, hyper), donate_argnums=(0, 1))
     # The step donates its arguments; the caller's arrays stay whole.
     params, moments = jax.tree.map(jnp.copy, (state.params, state.moments))
     progress = state.progress
-    while progress.phase < len(phases):
-        phase = phases[progress.phase]
-        if progress.spent >= phase.amount:
-            progress = replace(progress, phase=progress.phase + 1, spent=0.0)
-            continue
-        started = time.monotonic()
-        done = share_done(phases, progress)
-        rate = learning_rate(hyper, progress.step, done)
-        size = max(hyper.sequences_per_step, hyper.tokens_per_step // phase.length)
-        data = batch(progress.step, size, phase.length)
+    while length := length_at(phases, progress.seconds):
+        started = clock()
+        rate = learning_rate(hyper, progress.step, share_done(phases, progress.seconds))
+        data = batch(progress.step, max(hyper.sequences_per_step, hyper.tokens_per_step // length), length)
         params, moments, loss, recall = step(
             params, moments, data.tokens, data.positions, data.weights, np.float32(rate)
         )
         loss, recall = float(loss), float(recall)
-        seconds = time.monotonic() - started
         progress = Progress(
             step=progress.step + 1,
             tokens=progress.tokens + data.positions.size,
-            seconds=progress.seconds + seconds,
-            phase=progress.phase,
-            spent=progress.spent + (1 if phase.steps is not None else seconds),
+            seconds=progress.seconds + clock() - started,
         )
-        report = Report(progress, phase.length, loss, recall, rate, share_done(phases, progress))
+        report = Report(progress, length, loss, recall, rate, share_done(phases, progress.seconds))
         yield TrainState(params, moments, progress), report
 
 
-def share_done(phases: list[Phase], progress: Progress) -> float:
+def length_at(phases: list[Phase], seconds: float) -> int | None:
+    """The length of the phase in which so much time has been spent; None behind the last one."""
+    ends = accumulate(60 * phase.minutes for phase in phases)
+    return next((phase.length for phase, end in zip(phases, ends, strict=True) if seconds < end), None)
+
+
+def share_done(phases: list[Phase], seconds: float) -> float:
     """The share of the whole plan that has passed, in [0, 1]."""
-    total = sum(phase.amount for phase in phases)
-    passed = sum(phase.amount for phase in phases[: progress.phase]) + progress.spent
-    return min(1.0, passed / total)
+    return min(1.0, seconds / sum(60 * phase.minutes for phase in phases))
 
 
 def learning_rate(hyper: Hyperparameters, step: int, done: float) -> float:

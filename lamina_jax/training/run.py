@@ -89,12 +89,13 @@ class Run:
         on_step: Callable[[Report], None],
         on_checkpoint: Callable[[TrainState, Report], None],
         checkpoint_seconds: float = 240.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> TrainState:
         """Trains through `phases` from the newest checkpoint on, writing one every few minutes."""
         maker = DocumentMaker(self.texts, self.tokenizer, self.config.max_position, self.seed)
         state, saved = self.state(), time.monotonic()
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
-            for reached, report in train(self.initial, state, phases, maker.batch, self.hyper):
+            for reached, report in train(self.initial, state, phases, maker.batch, self.hyper, clock):
                 state = reached
                 on_step(report)
                 if time.monotonic() - saved > checkpoint_seconds:

@@ -11,14 +11,10 @@ from lamina_jax.training.loop import Phase
 
 
 def test_phases_are_lengths_and_minutes() -> None:
-    assert parse_phases("256:70,1024:2.5") == [
-        Phase(length=256, minutes=70.0),
-        Phase(length=1024, minutes=2.5),
-    ]
-    assert parse_phases("64:1")[0].amount == 60.0
+    assert parse_phases("256:70,1024:2.5") == [Phase(256, 70.0), Phase(1024, 2.5)]
 
 
-@pytest.mark.parametrize("text", ["256", "256:x", "0:1", "4096:1", "256:0", "", "256:1:2"])
+@pytest.mark.parametrize("text", ["256", "256:x", "0:1", "4096:1", "256:0", "256:inf", "", "256:1:2"])
 def test_other_phases_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"256:70,1024:25|a length must be"):
         parse_phases(text)
