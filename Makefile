@@ -10,8 +10,11 @@ install: .venv/.installed
 serve: install
 	$(BIN)/python -m lamina_jax.serve $(ARGS)
 
+# Most of its time is compiling: LLVM does without its optimisations here, and takes a third less. The other
+# targets test what users run.
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS" \
+	    $(BIN)/python -m pytest -q $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

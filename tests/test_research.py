@@ -51,6 +51,7 @@ def test_the_tap_sees_what_is_shown_and_all_that_is_counted() -> None:
     assert decoded == [("decode", layer, what) for layer in range(4) for what in ("q", "k, v", "o, lse")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_recall_falls_with_the_pages_that_are_read() -> None:
     code, shown = RECALL

@@ -59,9 +59,9 @@ def alone(checkpoint: str, cases: list[tuple[list[int], SamplingParams]]) -> lis
 @pytest.mark.parametrize(
     ("partition", "remote", "microbatches", "overlap"),
     [
-        ("heads", 0, 2, "on"),
+        pytest.param("heads", 0, 2, "on", marks=pytest.mark.slow),
         ("tokens", 0, 1, "on"),
-        ("requests", 3, 1, "on"),
+        ("requests", 2, 1, "on"),
         pytest.param("heads", 0, 1, "off", marks=pytest.mark.slow),
         pytest.param("requests", 0, 2, "off", marks=pytest.mark.slow),
         pytest.param("heads", 2, 2, "on", marks=pytest.mark.slow),

@@ -69,8 +69,7 @@ EVERY = [
 ] + [("windows", "socket", partition, 2, 1, "on") for partition in ("heads", "requests", "tokens")]
 SOME = [
     ("full", "socket", "heads", 3, 2, "on"),
-    ("full", "grpc", "heads", 2, 1, "off"),
-    ("full", "socket", "requests", 3, 1, "off"),
+    ("full", "grpc", "requests", 3, 1, "off"),
     ("windows", "socket", "tokens", 2, 1, "on"),
 ]
 
@@ -182,6 +181,7 @@ def test_workers_that_cannot_share_the_heads_are_refused(
         LLM(checkpoints["full"], attention=workers(4), **SETTINGS)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_what_one_process_computes(tmp_path: Path, workers: Callable[..., str]) -> None:
     """The same programs on the same buckets: not a bit differs."""
     folder = str(save_random(tmp_path, dataclasses.replace(WINDOWED, dtype="bfloat16")))
@@ -191,6 +191,7 @@ def test_bfloat16_is_what_one_process_computes(tmp_path: Path, workers: Callable
         np.testing.assert_array_equal(logprobs_of(llm), local)
 
 
+@pytest.mark.slow
 def test_a_narrower_wire(checkpoints: dict[str, str], workers: Callable[..., str]) -> None:
     """Half the bytes, lse apart; log-probabilities within the rounding of q, k, v and o to 8 bits."""
     exact = logprobs_of(LLM(checkpoints["windows"], placement="collocated", **SETTINGS))

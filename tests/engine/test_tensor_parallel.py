@@ -199,6 +199,7 @@ def test_uneven_heads_are_refused(
         assert word in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_axis_that_does_not_divide_stays_whole(tmp_path: Path) -> None:
     """A vocabulary and a feed-forward size that two devices cannot share; the default memory devices."""
     odd = dataclasses.replace(SHALLOW, num_layers=1, vocab_size=161, intermediate_size=47)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from forward import RELATIVE, Forward
 from variants import VARIANTS, save_variant
 
@@ -23,6 +24,7 @@ RESOLUTION = 2.0**-8
 """Logits whose relative difference is smaller are the same number in bfloat16."""
 
 
+@pytest.mark.slow
 def test_the_best_token_is_the_reference_s(tmp_path: Path) -> None:
     """In 99 % of all positions; of each family a little less is enough, near-ties being what they are."""
     agrees = [check(family, tmp_path / family) for family in VARIANTS]

@@ -37,7 +37,6 @@ def test_logits(case: str) -> None:
 QUICK = {
     ("mistral_window", "disaggregated"),
     ("qwen2_window", "collocated"),
-    ("qwen3_untied", "disaggregated"),
 }
 """Engines of the default run; the others are `slow`."""
 
