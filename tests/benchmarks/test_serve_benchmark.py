@@ -440,26 +440,40 @@ def test_the_plot(tmp_path: Path, name: str) -> None:
 
 
 def level(streams: int, alone: float, http: float) -> dict[str, Any]:
-    """A round in which the gaps' p99 are such."""
+    """Two streams, one later than the other, with gaps of so many ms where both stream."""
 
-    def way(p99: float, seconds: float, processes: tuple[str, ...]) -> dict[str, Any]:
-        sums = {"tokens": 1000, "seconds": seconds, "tokens_per_second": 1000 / seconds, "p50_ms": 1.0}
-        return {**sums, "p99_ms": p99, "cpu_seconds": dict.fromkeys(processes, 0.25)}
+    def figures(gap: float, processes: tuple[str, ...]) -> http_overhead.Figures:
+        later = [1.0 + 1e-3 * gap * index for index in range(11)]
+        arrivals = [[0.5, *later], later]
+        records = [
+            Record(sent=0.0, prompt_tokens=1, arrivals=times, counts=[1] * len(times)) for times in arrivals
+        ]
+        return http_overhead.figures(records, dict.fromkeys(processes, 0.0023))
 
-    rounds = [{"alone": way(alone, 1.0, ("engine",)), "http": way(http, 1.5, ("client", "server", "engine"))}]
-    return {"streams": streams, "tokens": 32, **http_overhead._medians(rounds)}
+    rounds = [
+        {"alone": figures(alone, ("engine",)), "http": figures(http, ("client", "server", "engine"))},
+    ]
+    return {"streams": streams, "tokens": 11, **http_overhead._compared(rounds)}
 
 
-@pytest.mark.parametrize(
-    ("http", "verdict"), [(5.9, "1.97 x that of the engine alone (goal: at most 2): met"), (9.0, "missed")]
-)
+def test_steady_gaps_are_those_while_all_stream() -> None:
+    found = level(64, 2.0, 3.0)
+    assert found["alone"]["steady_p99_ms"] == pytest.approx(2.0)
+    assert found["alone"]["p99_ms"] > 100, "the first stream has waited for the second"
+    assert found["alone"]["engine_cpu_us"] == pytest.approx(100)
+    assert found["steady_p99_ratio"] == pytest.approx(1.5)
+    assert found["microseconds_per_token"] == pytest.approx(1e6 * 0.010 / 23)
+    early = Record(sent=0.0, prompt_tokens=1, arrivals=[0.1, 0.2], counts=[1, 1])
+    late = Record(sent=0.3, prompt_tokens=1, arrivals=[0.1, 0.2], counts=[1, 1])
+    assert http_overhead.figures([early, late], {})["steady_p99_ms"] is None
+
+
+@pytest.mark.parametrize(("http", "verdict"), [(5.9, "steady: 1.97 x, met"), (9.0, "steady: 3.00 x, missed")])
 def test_the_goal_of_the_overhead(capsys: pytest.CaptureFixture[str], http: float, verdict: str) -> None:
-    levels = [level(1, 2.0, 3.0), level(64, 3.0, http)]
-    assert levels[0]["microseconds_per_token"] == pytest.approx(500)
-    http_overhead._print("some model", levels)
+    http_overhead._print("some model", [level(1, 2.0, 3.0), level(64, 3.0, http)])
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith(verdict)
-    assert len(printed.strip().splitlines()) == 1 + 2 + 4 + 2 + 2 + 2 + 2
+    assert printed.count("through HTTP") == 2
 
 
 @pytest.mark.slow
@@ -471,8 +485,8 @@ def test_a_server_of_its_own_and_the_engine_alone(capsys: pytest.CaptureFixture[
     for found, streams in zip(results["levels"], (1, 6), strict=True):
         assert found["alone"]["tokens"] == found["http"]["tokens"] == 32 * streams
         assert found["alone"]["p99_ms"] > 0
-        assert sum(found["http"]["cpu_seconds"].values()) > 0
-    assert "CPU microseconds per token" in capsys.readouterr().out
+        assert found["http"]["engine_cpu_us"] > found["http"]["server_cpu_us"] > 0
+    assert "CPU time per token, us" in capsys.readouterr().out
 
 
 @pytest.mark.slow
