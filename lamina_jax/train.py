@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from lamina_jax.training.corpus import read_corpus
 from lamina_jax.training.evaluation import evaluate_plain, load_plain
@@ -102,11 +103,13 @@ def print_recall(folder: Path, num: int, console: Console) -> None:
 
 
 def train_aloud(run: Run, phases: list[Phase], console: Console) -> TrainState:
-    """Trains; prints a line every half minute, and the held-out recall at every checkpoint."""
+    """Trains; prints a line every half minute, below it a progress bar where that is a terminal, and the
+    held-out recall at every checkpoint."""
     printed = -PRINT_SECONDS
 
     def on_step(report: Report) -> None:
         nonlocal printed
+        bar.update(task, completed=report.share_done)
         if time.monotonic() - printed >= PRINT_SECONDS:
             printed = time.monotonic()
             console.print(f"{report.share_done:.1%} {describe(report)}", soft_wrap=True)
@@ -116,7 +119,9 @@ def train_aloud(run: Run, phases: list[Phase], console: Console) -> TrainState:
         share = evaluate_plain(run.model(state), prompts)
         console.print(f"step {report.progress.step}: held-out recall at {report.length} tokens {share:.1%}")
 
-    return run.train(phases, on_step, on_checkpoint)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=1.0)
+        return run.train(phases, on_step, on_checkpoint)
 
 
 def describe(report: Report) -> str:
