@@ -307,7 +307,7 @@ def test_connect(kind: str, tmp_path: Path) -> None:
 
 def test_connect_refuses_what_is_no_address() -> None:
     for address in ("127.0.0.1", "host:", ":80", "host:http"):
-        with pytest.raises(ValueError, match="expected .host:port."):
+        with pytest.raises(ValueError, match=r"expected .host:port."):
             connect(address, 1)
     with pytest.raises(ValueError, match="no TLS"):
         connect("unix:/nowhere", 1, ssl.create_default_context())
