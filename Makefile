@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-multi test-load test-parity lint format proto clean
+.PHONY: install serve test test-slow test-multi test-load test-parity lint format clean
 
 install: .venv/.installed
 
@@ -41,10 +41,6 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-# What control.proto says, as Python; committed, and a test compares.
-proto: install
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. lamina_jax/exchange/control.proto
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -19,7 +19,16 @@ import grpc
 
 import lamina_jax
 from lamina_jax.config import ConfigError, SecurityConfig, host_and_port
-from lamina_jax.exchange import control_pb2 as pb
+from lamina_jax.exchange.control_messages import (
+    CONTROL_BYTES,
+    SERVICE,
+    Description,
+    LeaseRequest,
+    Ready,
+    decode_description,
+    decode_event,
+    encode,
+)
 from lamina_jax.exchange.frames import VERSION
 from lamina_jax.exchange.security import (
     SESSION_KEY,
@@ -29,13 +38,8 @@ from lamina_jax.exchange.security import (
     read_token,
     token_metadata,
 )
-from lamina_jax.exchange.specs import spec_to_message
 from lamina_jax.exchange.status import explain
 from lamina_jax.pool.spec import WorkerSpec
-
-SERVICE = "lamina_jax.Pool"
-CONTROL_BYTES = 1 << 20
-"""No message of the control plane is larger."""
 
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 1000),
@@ -104,20 +108,16 @@ class WorkerClient:
             return grpc.insecure_channel(self.address, options)
         return grpc.secure_channel(self.address, self._credentials, options)
 
-    def describe(self, deadline_seconds: float | None = None) -> pb.Description:
+    def describe(self, deadline_seconds: float | None = None) -> Description:
         """What the worker is and has.
 
         Raises:
             WorkerError: it does not answer, refuses, or is of another version.
         """
-        call = self._channel.unary_unary(
-            f"/{SERVICE}/Describe",
-            pb.DescribeRequest.SerializeToString,
-            pb.Description.FromString,
-        )
+        call = self._channel.unary_unary(f"/{SERVICE}/Describe", None, decode_description)
         deadline = deadline_seconds or self._deadline
         try:
-            found: pb.Description = call(pb.DescribeRequest(), timeout=deadline, metadata=self.metadata)
+            found: Description = call(b"", timeout=deadline, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self._error(error) from None
         self._check_version(found)
@@ -130,21 +130,17 @@ class WorkerClient:
             WorkerError: it is another engine's, has no room for `spec`, or is lost meanwhile.
         """
         self.describe()
-        call = self._channel.unary_stream(
-            f"/{SERVICE}/Lease",
-            pb.LeaseRequest.SerializeToString,
-            pb.LeaseEvent.FromString,
-        )
+        call = self._channel.unary_stream(f"/{SERVICE}/Lease", encode, decode_event)
         engine = f"{socket.gethostname()}, process {os.getpid()}"
-        stream = call(pb.LeaseRequest(engine=engine, spec=spec_to_message(spec)), metadata=self.metadata)
+        stream = call(LeaseRequest(engine, spec), metadata=self.metadata)
         limit = threading.Timer(PREPARE_SECONDS, stream.cancel)
         limit.daemon = True
         limit.start()
         try:
             for event in stream:
-                if event.HasField("ready"):
-                    return Lease(self, stream, event.ready)
-                report(f"compiling on {self.address}", event.progress.done, event.progress.total)
+                if isinstance(event, Ready):
+                    return Lease(self, stream, event)
+                report(f"compiling on {self.address}", event.done, event.total)
             raise WorkerError(self.address, "it ended the lease before it was ready")
         except grpc.RpcError as error:
             raise self._error(error, leased=True) from None
@@ -158,7 +154,7 @@ class WorkerClient:
         """Hang up; a lease ends with it."""
         self._channel.close()
 
-    def _check_version(self, found: pb.Description) -> None:
+    def _check_version(self, found: Description) -> None:
         ours, theirs = lamina_jax.__version__, found.version
         if _minor(ours) != _minor(theirs) or found.frames_version != VERSION:
             raise WorkerError(
@@ -184,7 +180,7 @@ class Lease:
 
     lost: str | None = None
 
-    def __init__(self, client: WorkerClient, stream: Any, ready: pb.Ready) -> None:
+    def __init__(self, client: WorkerClient, stream: Any, ready: Ready) -> None:
         self.session_id, self.pages = ready.session_id, ready.pages
         self.metadata: Metadata = (*client.metadata, (SESSION_KEY, ready.session_id))
         self._address, self._stream = client.address, stream

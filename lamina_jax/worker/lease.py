@@ -18,6 +18,7 @@ import numpy as np
 
 from lamina_jax.compilation import Job, compile_all
 from lamina_jax.exchange.channel import ChannelClosed, Frame
+from lamina_jax.exchange.control_messages import LeaseEvent, Progress, Ready
 from lamina_jax.exchange.frames import HEADER_BYTES, Header
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ class _Over(Exception):
     """The lease ended while it was being prepared."""
 
 
-Event = tuple[int, int] | int
-"""Programs compiled, of how many; at last the number of pages."""
-
-
 class Lease:
     """One engine's hold on the worker.
 
@@ -63,11 +60,11 @@ class Lease:
         self.over = threading.Event()
         self.pages, self._make_session, self._traffic = pages, make_session, traffic
         self._session: Session | None = None
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[LeaseEvent | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._hang_up: Callable[[], None] | None = None
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[LeaseEvent]:
         """How far it is; ends when the lease is over."""
         return iter(self._events.get, None)
 
@@ -90,7 +87,7 @@ class Lease:
             log.info("%s", compile_all(session.jobs(), self._progress))
             self._session = session
             del session
-            self._events.put(self.pages)
+            self._events.put(Ready(self.session_id, self.pages))
             self.over.wait()
         except _Over:
             pass
@@ -141,7 +138,7 @@ class Lease:
     def _progress(self, done: int, total: int) -> None:
         if self.over.is_set():
             raise _Over
-        self._events.put((done, total))
+        self._events.put(Progress(done, total))
 
 
 class Traffic:

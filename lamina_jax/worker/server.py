@@ -12,9 +12,12 @@ import grpc
 import jax
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+import lamina_jax
 from lamina_jax.config import AttendConfig, SecurityConfig, address_of, host_and_port
 from lamina_jax.devices import choose_worker_devices
-from lamina_jax.exchange.control import KEEPALIVE, SERVICE
+from lamina_jax.exchange.control import KEEPALIVE
+from lamina_jax.exchange.control_messages import SERVICE, Description
+from lamina_jax.exchange.frames import VERSION
 from lamina_jax.exchange.grpc import MOST_BYTES, stream_options
 from lamina_jax.exchange.security import check_address, read_token, server_tls
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
@@ -22,7 +25,7 @@ from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Session
 from lamina_jax.worker.leases import Leases
 from lamina_jax.worker.metrics import WorkerMetrics
-from lamina_jax.worker.service import Facts, PoolService, TokenCheck
+from lamina_jax.worker.service import PoolService, TokenCheck
 from lamina_jax.worker.sockets import DataListener
 
 MOST_CALLS = 32
@@ -75,7 +78,7 @@ class WorkerServer:
         with _naming("data_port", host, config.data_port):
             self._data = DataListener(host, config.data_port, self.leases, ssl_context)
 
-    def start(self) -> Facts:
+    def start(self) -> Description:
         """Find the devices and answer from now on.
 
         Raises:
@@ -83,7 +86,9 @@ class WorkerServer:
         """
         self._devices = choose_worker_devices(self._config.devices)
         fraction = self._config.memory_fraction or default_fraction(self._devices)
-        facts = Facts(
+        facts = Description(
+            version=lamina_jax.__version__,
+            frames_version=VERSION,
             jax_version=jax.__version__,
             platform=self._devices[0].platform,
             device_kind=self._devices[0].device_kind,

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from msgspec.structs import replace
 
-import lamina_jax
 from lamina_jax.config import ConfigError
-from lamina_jax.exchange import control_pb2 as pb
-from lamina_jax.exchange.control import CONTROL_BYTES, SERVICE
-from lamina_jax.exchange.frames import VERSION, ProtocolError
+from lamina_jax.exchange.control_messages import SERVICE, Description, LeaseEvent, decode_request
+from lamina_jax.exchange.control_messages import encode as encode_message
+from lamina_jax.exchange.frames import ProtocolError
 from lamina_jax.exchange.grpc import encode, serve_stream
 from lamina_jax.exchange.security import SESSION_KEY, shows_token
-from lamina_jax.exchange.specs import spec_from_message
 from lamina_jax.pool.spec import WorkerSpec
-from lamina_jax.worker.lease import Event, Refused
+from lamina_jax.worker.lease import Refused
 from lamina_jax.worker.leases import Leases
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a worker says of itself; see control.proto."""
-
-    jax_version: str
-    platform: str
-    device_kind: str
-    devices: int
-    memory_bytes: int
-    data_port: int
-    unix_path: str
-    listen: str
-
-
 class PoolService:
-    """The methods of `Pool`; every one runs in a thread of the gRPC server's pool."""
+    """The methods of `Pool`; every one runs in a thread of the gRPC server's pool.
 
-    def __init__(self, facts: Facts, leases: Leases) -> None:
+    Args:
+        facts: what does not change of what the worker says of itself.
+    """
+
+    def __init__(self, facts: Description, leases: Leases) -> None:
         self._facts, self._leases = facts, leases
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -48,40 +36,31 @@ class PoolService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Describe": grpc.unary_unary_rpc_method_handler(
-                    self.describe, _reader(pb.DescribeRequest), pb.Description.SerializeToString
-                ),
-                "Lease": grpc.unary_stream_rpc_method_handler(
-                    self.lease, _reader(pb.LeaseRequest), pb.LeaseEvent.SerializeToString
-                ),
+                "Describe": grpc.unary_unary_rpc_method_handler(self.describe, None, encode_message),
+                "Lease": grpc.unary_stream_rpc_method_handler(self.lease, None, encode_message),
                 "Exchange": grpc.stream_stream_rpc_method_handler(self.exchange),
             },
         )
 
-    def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+    def describe(self, _: bytes, context: grpc.ServicerContext) -> Description:
         lease = self._leases.lease
-        return pb.Description(
-            version=lamina_jax.__version__,
-            frames_version=VERSION,
-            held_by="" if lease is None else lease.engine,
-            clock_ns=time.monotonic_ns(),
-            **vars(self._facts),
-        )
+        held_by = "" if lease is None else lease.engine
+        return replace(self._facts, held_by=held_by, clock_ns=time.monotonic_ns())
 
-    def lease(self, request: pb.LeaseRequest, context: grpc.ServicerContext) -> Iterator[pb.LeaseEvent]:
+    def lease(self, data: bytes, context: grpc.ServicerContext) -> Iterator[LeaseEvent]:
         try:
-            spec = spec_from_message(request.spec)
-            self._check_room(spec)
+            request = decode_request(data)
+            self._check_room(request.spec)
         except ConfigError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         try:
-            lease = self._leases.take(f"{request.engine or 'unnamed'} at {unquote(context.peer())}", spec)
+            engine = f"{request.engine or 'unnamed'} at {unquote(context.peer())}"
+            lease = self._leases.take(engine, request.spec)
         except Refused as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         if not context.add_callback(lambda: lease.end("the engine has left, or is silent")):
             lease.end("the engine has left")
-        for event in lease.events():
-            yield _message(event, lease.session_id)
+        yield from lease.events()
         context.abort(grpc.StatusCode.ABORTED, lease.reason)
 
     def exchange(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -125,20 +104,3 @@ def _refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
         "the token is missing or another one: give both sides --token-file with the same secret",
     )
     yield b""
-
-
-def _reader(message: Any) -> Callable[[bytes], Any]:
-    """Parses a message of bounded size; gRPC refuses the call where this raises."""
-
-    def read(data: bytes) -> Any:
-        if len(data) > CONTROL_BYTES:
-            raise ValueError(f"a message of {len(data)} bytes, {CONTROL_BYTES} are allowed")
-        return message.FromString(data)
-
-    return read
-
-
-def _message(event: Event, session_id: bytes) -> pb.LeaseEvent:
-    if isinstance(event, int):
-        return pb.LeaseEvent(ready=pb.Ready(session_id=session_id, pages=event))
-    return pb.LeaseEvent(progress=pb.Progress(done=event[0], total=event[1]))

@@ -16,11 +16,10 @@ from real_processes import Process, ServeProcess, WorkerProcess, free_ports
 from worker_talk import until
 
 from lamina_jax.config import SecurityConfig
-from lamina_jax.exchange import control_pb2 as pb
-from lamina_jax.exchange.control import SERVICE, Lease, WorkerClient
+from lamina_jax.exchange.control import Lease, WorkerClient
+from lamina_jax.exchange.control_messages import SERVICE, LeaseRequest, Ready, decode_event, encode
 from lamina_jax.exchange.frames import Header, Kind
 from lamina_jax.exchange.grpc import METHOD
-from lamina_jax.exchange.specs import spec_to_message
 
 pytestmark = [pytest.mark.multi, pytest.mark.timeout(300)]
 
@@ -169,7 +168,7 @@ def test_what_is_mutated_here_is_valid(target: Target) -> None:
 
 
 def test_messages_of_the_control_plane(target: Target, expected: list[int]) -> None:
-    valid = pb.LeaseRequest(engine="x", spec=spec_to_message(SPEC)).SerializeToString()
+    valid = encode(LeaseRequest("x", SPEC))
     changes = st.lists(st.tuples(st.integers(0, len(valid)), st.integers(0, 255)), min_size=1, max_size=3)
     request = st.one_of(st.binary(max_size=200), st.builds(mutated, st.just(valid), changes))
     channel = target.client.open_channel(())
@@ -193,7 +192,7 @@ def test_messages_of_the_control_plane(target: Target, expected: list[int]) -> N
 
 
 def is_ready(event: bytes) -> bool:
-    return pb.LeaseEvent.FromString(event).HasField("ready")
+    return isinstance(decode_event(event), Ready)
 
 
 def test_an_engine_with_a_lease_that_has_gone_mad(target: Target, expected: list[int]) -> None:

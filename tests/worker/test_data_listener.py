@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 
+import grpc
 import pytest
 from echo_session import SPEC
 from hypothesis import given, settings
@@ -105,6 +106,6 @@ def test_connections_are_bounded(start_worker: StartWorker) -> None:
 def test_a_control_message_of_more_than_a_megabyte_is_refused(start_worker: StartWorker) -> None:
     _, client = start_worker()
     channel = client.open_channel((("grpc.max_send_message_length", 1 << 24),))
-    describe = channel.unary_unary("/lamina_jax.Pool/Describe")
-    with pytest.raises(Exception, match="deserializing request"):
-        describe(b"\0" * ((1 << 20) + 1), timeout=5)
+    lease = channel.unary_stream("/lamina_jax.Pool/Lease")
+    with pytest.raises(grpc.RpcError, match="1048576 are allowed"):
+        next(lease(b"\0" * ((1 << 20) + 1), timeout=5))

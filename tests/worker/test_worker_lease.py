@@ -21,11 +21,12 @@ from worker_talk import StartWorker, data_channel, echo, free, room, until
 
 import lamina_jax
 from lamina_jax.config import ConfigError, SecurityConfig
-from lamina_jax.exchange import control
 from lamina_jax.exchange.channel import ChannelClosed
 from lamina_jax.exchange.control import WorkerClient, WorkerError, connect
+from lamina_jax.exchange.control_messages import SERVICE
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, Kind
-from lamina_jax.worker import leases, service
+from lamina_jax.worker import leases
+from lamina_jax.worker import server as worker_server
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def test_the_grpc_data_stream_is_the_leases_too(start_worker: StartWorker) -> No
         done.wait(10)
 
     channel = client.open_channel(())
-    stream = channel.stream_stream(f"/{control.SERVICE}/Exchange")
+    stream = channel.stream_stream(f"/{SERVICE}/Exchange")
     answers = stream(requests(), metadata=lease.metadata)
     answer = next(answers)
     assert answer[:HEADER_BYTES] == Header(Kind.ANSWER, 5).pack()
@@ -133,7 +134,7 @@ def test_nothing_is_left_of_a_lease(start_worker: StartWorker) -> None:
 @pytest.mark.parametrize("method", ["Describe", "Lease"])
 def test_any_message_is_answered_or_refused(start_worker: StartWorker, method: str) -> None:
     _, client = start_worker()
-    call = client.open_channel(()).unary_stream(f"/{control.SERVICE}/{method}")
+    call = client.open_channel(()).unary_stream(f"/{SERVICE}/{method}")
 
     @settings(max_examples=30)
     @given(st.binary(max_size=256))
@@ -308,8 +309,8 @@ def test_connect_names_who_is_missing() -> None:
 def test_another_version_is_refused(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
+    monkeypatch.setattr(worker_server, name, value)
     _, client = start_worker()
-    monkeypatch.setattr(service, name, value)
     with pytest.raises(WorkerError, match="run one release on both"):
         connect([client.address], SecurityConfig(), 5)
 

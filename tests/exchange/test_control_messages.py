@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
+import msgspec
 import pytest
-from echo_session import SPEC
-from google.protobuf.message import DecodeError
+from echo_session import SPEC, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina_jax.config import ConfigError
-from lamina_jax.exchange import control_pb2 as pb
-from lamina_jax.exchange.specs import spec_from_message, spec_to_message
+from lamina_jax.exchange.control_messages import LeaseRequest, decode_request, encode
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.spec import WorkerSpec
 
@@ -59,32 +59,43 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
 @given(fields())
 def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
     spec = WorkerSpec(**drawn[0], geometry=CacheGeometry(**drawn[1]))
-    data = spec_to_message(spec).SerializeToString()
-    assert spec_from_message(pb.WorkerSpec.FromString(data)) == spec
+    assert decode_request(encode(LeaseRequest("me", spec))) == LeaseRequest("me", spec)
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("wrong", "name"),
     [
-        (lambda m: m.geometry.ClearField("num_pages"), "num_pages=0"),
-        (lambda m: setattr(m.geometry, "dtype", "int8"), "dtype=int8"),
-        (lambda m: setattr(m.geometry, "num_layers", 3), "layers=2"),
-        (lambda m: setattr(m.geometry, "num_heads", 3), "num_heads=3"),
-        (lambda m: setattr(m, "devices", 3), "devices=3"),
-        (lambda m: setattr(m, "pieces", 0), "pieces=0"),
-        (lambda m: m.buckets.add(rows=0, queries=1), r"buckets=\(0, 1\)"),
-        (lambda m: m.buckets.add(rows=1 << 20, queries=2), r"buckets=\(1048576, 2\)"),
-        (lambda m: [m.buckets.add(rows=1, queries=1) for _ in range(256)], "buckets=258"),
+        (spec(num_pages=0), "num_pages=0"),
+        (spec(page_size=1 << 32), "page_size=4294967296"),
+        (spec(dtype="int8"), "dtype=int8"),
+        (spec(num_layers=3), r"windows=\(1073741824, 16\)"),
+        (spec(num_heads=3), "num_heads=3"),
+        (replace(SPEC, devices=3), "devices=3"),
+        (replace(SPEC, pieces=0), "pieces=0"),
+        (replace(SPEC, windows=(0, 16)), r"windows=\(0, 16\)"),
+        (replace(SPEC, softcaps=(None,)), r"softcaps=\(None,\)"),
+        (replace(SPEC, buckets=((0, 1, True),)), r"buckets=\(0, 1\)"),
+        (replace(SPEC, buckets=((1 << 20, 2, True),)), r"buckets=\(1048576, 2\)"),
+        (replace(SPEC, buckets=((1, 1, True),) * 257), "buckets=257"),
     ],
 )
-def test_a_wrong_field_is_named(change: object, name: str) -> None:
-    message = spec_to_message(SPEC)
-    change(message)  # type: ignore[operator]
+def test_a_wrong_field_is_named(wrong: WorkerSpec, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        spec_from_message(message)
+        decode_request(encode(LeaseRequest("me", wrong)))
+
+
+def test_a_wrong_type_is_named() -> None:
+    message = {"engine": "me", "spec": msgspec.to_builtins(SPEC) | {"pieces": "1"}}
+    with pytest.raises(ConfigError, match=r"Expected `int`, got `str` - at `\$.spec.pieces`"):
+        decode_request(encode(message))
+
+
+def test_a_message_has_a_largest_size() -> None:
+    with pytest.raises(ConfigError, match="1048576 are allowed"):
+        decode_request(encode(LeaseRequest("me" * 2**20, SPEC)))
 
 
 @given(st.binary(max_size=64))
-def test_any_bytes_are_a_spec_or_refused(data: bytes) -> None:
-    with suppress(ConfigError, DecodeError):
-        spec_from_message(pb.WorkerSpec.FromString(data))
+def test_any_bytes_are_a_request_or_refused(data: bytes) -> None:
+    with suppress(ConfigError):
+        decode_request(data)
