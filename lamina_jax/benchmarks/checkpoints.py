@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-from lamina_jax.models import ModelConfig, RopeConfig, Storage, build, initialise
+from lamina_jax.models import ModelConfig, RopeConfig, Storage, build
 from lamina_jax.weights.export import save_checkpoint
 
 QWEN3_0_6B = ModelConfig(
@@ -42,9 +44,16 @@ COMPUTE_BOUND = ModelConfig(
 products one core computes at nearly its full speed from some 256 rows on."""
 
 
+_BLOCK = 1_000_003
+"""Normal numbers that are drawn; a tensor repeats them. Prime, so that the rows of a matrix differ."""
+
+
 def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
     """Write random weights of `config`'s shape to `folder`."""
     model = build(config, Storage(jnp.dtype(config.dtype)))
-    initialise(model, seed)
+    normal = np.random.default_rng(seed).normal(scale=0.02, size=_BLOCK).astype(jnp.dtype(config.dtype))
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        ones = np.full(1, parameter.init == "ones", normal.dtype)
+        parameter.set_value(np.resize(normal if parameter.init == "normal" else ones, parameter.shape))
     save_checkpoint(model, config, folder)
     return folder

@@ -56,7 +56,9 @@ Timings = dict[str, list[dict[str, Any]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="batch 8 at context 128 and 1024, bfloat16")
+    parser.add_argument(
+        "--quick", action="store_true", help="batch 8 at context 128 and 1024, bfloat16, timings of 1 s"
+    )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1, 8, 32], help="requests decoded at once (default 1 8 32)"
     )
@@ -88,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table per model, dtype and cell; the results as plain dicts."""
-    batches, contexts, dtypes = args.batch, args.context, args.dtype
+    batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
     if args.quick:
-        batches, contexts, dtypes = [8], [128, 1024], ["bfloat16"]
+        batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
     reference = reference_python(args.reference_python)
     if reference is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
@@ -98,8 +100,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
-            comparison = Comparison(folder, dtype, args.settings, reference, Path(scratch, "compiled"))
-            for cell, timings in comparison.measure(cells, args.rounds, args.seconds):
+            comparison = Comparison(folder, dtype, args.settings, reference)
+            for cell, timings in comparison.measure(cells, args.rounds, seconds):
                 rows = table_rows(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
@@ -115,13 +117,10 @@ class Comparison:
         dtype: of weights and cache.
         settings: more of the disaggregated column.
         reference: a Python that has torch and transformers; None: no such column.
-        cache: a folder for compiled programs.
     """
 
-    def __init__(
-        self, model: str, dtype: str, settings: dict[str, Any], reference: str | None, cache: Path
-    ) -> None:
-        self._folder, self._dtype, self._cache = find_model(model), dtype, cache
+    def __init__(self, model: str, dtype: str, settings: dict[str, Any], reference: str | None) -> None:
+        self._folder, self._dtype = find_model(model), dtype
         self._engines = {
             name: {**own, **(settings if name == SPLIT else {})} for name, own in COLUMNS.items()
         }
@@ -157,7 +156,7 @@ class Comparison:
             columns = []
             for name in names:
                 print(f"starting: {name}", file=sys.stderr)
-                column = Column(name, self._command(name, cells), cache=self._cache)
+                column = Column(name, self._command(name, cells))
                 ends.callback(column.close)
                 columns.append(column)
             for column in columns:
