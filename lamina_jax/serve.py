@@ -19,7 +19,7 @@ from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerC
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.server.api_keys import read_keys
 from lamina_jax.server.engine_host import EngineProcess
-from lamina_jax.server.listener import ListenError, listen
+from lamina_jax.server.listener import listen
 from lamina_jax.server.messages import Start
 
 
@@ -46,7 +46,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
     try:
         keys = read_keys(server_config.api_key_file)
         listener = listen(server_config)
-    except (ConfigError, ListenError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if cluster is None:

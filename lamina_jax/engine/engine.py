@@ -1,7 +1,7 @@
 """The engine: requests in, outputs out, one step at a time.
 
 It puts the scheduler, a model runner and the tokenizer together. A step is dispatched before the
-tokens of the one before it are read, so that the devices always have work queued.
+tokens of the one before it are read, so that the devices always have work queued. Importing it loads no jax.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from lamina_jax.compilation import CompilationCounter
 from lamina_jax.core import (
     FinishReason,
     MicrobatchPlan,
@@ -35,6 +34,14 @@ from lamina_jax.weights.tokenizer import Tokenizer
 
 CHECK_SECONDS = 0.2
 """Between two looks at whether a worker was lost, while there is nothing to dispatch."""
+
+
+@runtime_checkable
+class Counter(Protocol):
+    """Counts what goes on elsewhere."""
+
+    @property
+    def count(self) -> int: ...
 
 
 class Engine:
@@ -59,7 +66,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         facts: dict[str, Any] | None = None,
-        compilations: CompilationCounter | None = None,
+        compilations: Counter | None = None,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
@@ -117,26 +124,35 @@ class Engine:
         check_edits(child)
         self.scheduler.check(child)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; nothing of it is held where it is refused.
+    def submit(self, *requests: Request) -> None:
+        """Queue requests with ids of their own: all of them, or none.
 
         Raises:
-            ValueError: its id is in use, or `check` refuses it.
-            QueueFull: its choices would be more than may wait; it can be sent again later.
+            ValueError: an id is in use, `check` refuses one, or they are more choices than may ever wait.
+            QueueFull: they are more than may wait now; they can be sent again later.
         """
-        request_id, children = request.request_id, self._children(request)
-        if request_id in self._live or any(child.request_id in self._choices for child in children):
-            raise ValueError(f"request {request_id!r} is already held: use another request_id")
-        self.check(request)
-        if len(children) > self.room:
-            raise QueueFull(
-                f"{self.scheduler.num_waiting} requests wait, and {len(children)} more would exceed "
-                f"max_waiting={self.scheduler.config.max_waiting}: send it again later, or raise max_waiting"
+        families = [(request, self._children(request)) for request in requests]
+        for request, children in families:
+            ids = (request.request_id, *(child.request_id for child in children))
+            if any(held in self._live or held in self._choices for held in ids):
+                raise ValueError(f"request {ids[0]!r} is already held: use another request_id")
+            self.check(request)
+        count, most = sum(len(children) for _, children in families), self.scheduler.config.max_waiting
+        if count > most:
+            raise ValueError(
+                f"{len(requests)} prompts of {count} choices are more than may wait: send fewer at once, or "
+                f"raise max_waiting={most}"
             )
-        for child in children:
-            self.scheduler.add(child)
-        live = self._live[request_id] = PromptOutput(request, children, self.tokenizer)
-        self._choices.update((choice.request.request_id, (live, choice)) for choice in live.choices)
+        if count > self.room:
+            raise QueueFull(
+                f"{self.scheduler.num_waiting} requests wait, and {count} more would exceed "
+                f"max_waiting={most}: send it again later, or raise max_waiting"
+            )
+        for request, children in families:
+            for child in children:
+                self.scheduler.add(child)
+            live = self._live[request.request_id] = PromptOutput(request, children, self.tokenizer)
+            self._choices.update((choice.request.request_id, (live, choice)) for choice in live.choices)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; what is new of it, or None if the engine does not hold it."""

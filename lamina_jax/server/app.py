@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -13,21 +13,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lamina_jax
 from lamina_jax.server.answer import Answer
 from lamina_jax.server.auth import KeyGuard
+from lamina_jax.server.body_limit import BodyLimit
 from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
-from lamina_jax.server.errors import ApiError, ErrorBody, as_api_error
-from lamina_jax.server.prompts import TextOrIds, encode_prompts
+from lamina_jax.server.errors import RETRY_AFTER, ApiError, ErrorBody, as_api_error
+from lamina_jax.server.prompts import PromptTooLong, TextOrIds, encode_prompts
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from lamina_jax.server.request_log import RequestLog
-from lamina_jax.server.service import RETRY_AFTER, Service
-
-MAX_BODY_BYTES = 10 * 2**20
+from lamina_jax.server.service import Service
 
 UNREAD_SECONDS = 5.0
 """What a client gets, after its call's deadline, to read that it is over."""
@@ -53,7 +52,7 @@ def create_app(service: Service, keys: tuple[bytes, ...] = ()) -> ASGIApp:
     app = FastAPI(title="lamina_jax", version=lamina_jax.__version__, responses=ERRORS)
     app.state.service = service
     app.include_router(router)
-    app.add_middleware(_BodyLimit)
+    app.add_middleware(BodyLimit)
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error_response)
     # Around it all, so that every answer carries its request's id, those to its own failures too.
@@ -118,16 +117,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     if template is None:
         message = f"the model {service.model!r} has no chat template: use /v1/completions"
         raise ApiError(400, message, param="model", code="no_chat_template")
-    try:
-        # In a thread: a template is a program from whoever made the checkpoint, and may take its time.
-        prompt = await asyncio.to_thread(
-            template.render,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables=body.chat_template_kwargs,
-        )
-    except ValueError as error:
-        raise ApiError(400, str(error), param=body.param_of(str(error))) from None
+    prompt = await _in_thread(
+        request,
+        body,
+        template.render,  # a program from whoever made the checkpoint
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        variables=body.chat_template_kwargs,
+    )
     return await _generate(request, body, [prompt], ChatAnswer)
 
 
@@ -147,17 +144,20 @@ async def _generate(
     echo: bool = False,
 ) -> Response:
     service = _service(request)
-    try:
-        sampling = body.sampling(service.require_ready()["max_model_len"])
-        # In a thread: a long text takes its time.
-        prompts = await asyncio.to_thread(
-            encode_prompts, service.tokenizer, given, special_tokens=body.special_tokens, echo=echo
-        )
-    except (TypeError, ValueError) as error:
-        raise ApiError(400, str(error), param=body.param_of(str(error))) from None
-    service.require_ready()  # still
-    record = request.state.record
-    call = service.open(body.ID_PREFIX, prompts, sampling, record, param_of=body.param_of)
+    max_model_len = service.require_ready()["max_model_len"]
+    with _at_fault(body):
+        sampling = body.sampling(max_model_len)
+    prompts = await _in_thread(
+        request,
+        body,
+        encode_prompts,
+        service.tokenizer,
+        given,
+        max_model_len=max_model_len,
+        special_tokens=body.special_tokens,
+        echo=echo,
+    )
+    call = service.open(body.ID_PREFIX, prompts, sampling, request.state.record, param_of=body.param_of)
     answer = kind(call.id, body, prompts)
     with ExitStack() as owned:
         owned.callback(service.close, call)
@@ -166,6 +166,29 @@ async def _generate(
             return JSONResponse(await _unless_gone(request, _whole(call, answer)))
         owned.pop_all()  # from here on the call is the stream's
     return _EventStream(service, call, answer)
+
+
+async def _in_thread(
+    request: Request, body: GenerationRequest, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What takes its time, within that of the request: the thread of what is late still runs to its end."""
+    service = _service(request)
+    try:
+        async with asyncio.timeout_at(service.deadline(request.state.record)):
+            with _at_fault(body):
+                return await asyncio.to_thread(function, *args, **kwargs)
+    except TimeoutError:
+        raise service.late() from None
+
+
+@contextmanager
+def _at_fault(body: GenerationRequest) -> Iterator[None]:
+    """An error is that of a field of the body, with whose name it begins."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+        raise ApiError(400, str(error), param=body.param_of(str(error)), code=code) from None
 
 
 async def _whole(call: Call, answer: Answer) -> dict[str, Any]:
@@ -226,26 +249,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class _BodyLimit:
-    """Refuses a body that is larger than the limit, before it is in memory."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
-            return message
-
-        await self._app(scope, limited, send)
 
 
 def _service(request: Request) -> Service:

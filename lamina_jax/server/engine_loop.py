@@ -12,10 +12,9 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal, Protocol, runtime_checkable
 
-from lamina_jax.core import QueueFull, Request, RequestOutput, WorkerLost
-from lamina_jax.engine.scheduler import Scheduler
+from lamina_jax.core import QueueFull, Request
+from lamina_jax.engine.engine import Engine
 from lamina_jax.server import messages
 from lamina_jax.server.frames import MESSAGES, FrameError, pack, receive
 from lamina_jax.server.messages import Event, Message, request_id
@@ -24,29 +23,6 @@ LISTENER_SECONDS = 1.0
 """What the thread that listens may take to end once the socket is shut down."""
 
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """What is used of `lamina_jax.engine.engine.Engine`, without importing jax."""
-
-    scheduler: Scheduler
-
-    def submit(self, request: Request) -> None: ...
-
-    def abort(self, request_id: str) -> RequestOutput | None: ...
-
-    @property
-    def lost(self) -> WorkerLost | None: ...
-
-    @property
-    def pause(self) -> float | None: ...
-
-    def step(self) -> list[RequestOutput]: ...
-
-    def stats(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
 
 
 Build = Callable[[Callable[[str, int, int], None]], Engine]
@@ -162,26 +138,18 @@ class EngineLoop:
         return received
 
     def _submit(self, engine: Engine, call: messages.Submit) -> None:
-        submitted: list[str] = []
-        kind: Literal["invalid", "too_long", "queue_full"] = "invalid"
-        prompt: list[int] = []
+        requests = [
+            Request(
+                request_id=request_id(call.call_id, index),
+                prompt_token_ids=tuple(prompt),
+                sampling=call.sampling,
+            )
+            for index, prompt in enumerate(call.prompts)
+        ]
         try:
-            for index, prompt in enumerate(call.prompts):
-                request = Request(
-                    request_id=request_id(call.call_id, index),
-                    prompt_token_ids=tuple(prompt),
-                    sampling=call.sampling,
-                )
-                engine.submit(request)
-                submitted.append(request.request_id)
-        except (QueueFull, ValueError, TypeError) as error:
-            for submitted_id in submitted:
-                engine.abort(submitted_id)
-            if isinstance(error, QueueFull):
-                kind = "queue_full"
-            elif len(prompt) >= engine.scheduler.config.max_model_len:
-                kind = "too_long"
-            self._emit(messages.Rejected(call.call_id, str(error), kind))
+            engine.submit(*requests)
+        except (QueueFull, ValueError) as error:
+            self._emit(messages.Rejected(call.call_id, str(error), isinstance(error, QueueFull)))
         else:
             self._emit(messages.Accepted(call.call_id))
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from lamina_jax.cluster.pin import die_with, pin
 from lamina_jax.config import CheckpointError, ConfigError
 from lamina_jax.core import WorkerLost
-from lamina_jax.server.engine_loop import Build, Engine, EngineLoop, StartError
+from lamina_jax.engine.engine import Engine
+from lamina_jax.server.engine_loop import Build, EngineLoop, StartError
 from lamina_jax.server.frames import STARTS, receive
 from lamina_jax.server.messages import Start
 from lamina_jax.server.report import configure_logging

@@ -9,6 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+RETRY_AFTER = {"retry-after": "2"}
+"""The header of an answer that may be another one soon."""
+
 
 class Error(BaseModel):
     """What went wrong, of what type, in which field, and a code for programs."""

@@ -71,12 +71,15 @@ class Server:
         self._service = Service(model, self._link.send, request_seconds=config.request_seconds)
         self._report = StartReport(Console(stderr=True) if config.log_format == "text" else None)
         self._over = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending = False
         self._url = ""
 
     async def run(self, listener: socket.socket) -> int:
         """Serve until a signal comes or the engine dies; the exit code. Call it once."""
         self._loop, self._url = asyncio.get_running_loop(), url(listener)
+        if self._ending:
+            self._over.set()
         self._report.line(f"listening on {self._url}, loading {self._service.model}")
         await self._link.open()
         web = _WebServer(
@@ -104,15 +107,12 @@ class Server:
         return 0 if self._service.error is None else 1
 
     def stop(self) -> None:
-        """Drain and end; from any thread."""
-        if not self._over.is_set():
+        """Drain and end; from any thread, at any time."""
+        if not self._ending:
             self._report.line("ending; a second signal ends at once")
-            self._loop.call_soon_threadsafe(self._over.set)
-
-    @property
-    def ending(self) -> bool:
-        """Whether it was told to stop, or its engine has died."""
-        return self._over.is_set()
+            self._ending = True  # in this order: either this thread or `run` sees what the other has set
+            if self._loop is not None and not self._over.is_set():
+                self._loop.call_soon_threadsafe(self._over.set)
 
     async def _drain(self) -> None:
         if self._service.error is None:
@@ -124,13 +124,14 @@ class Server:
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
             for number in SERVERS_SIGNALS:
-                self._loop.add_signal_handler(number, self._take_signal)
+                loop.add_signal_handler(number, self._take_signal, loop)
 
-    def _take_signal(self) -> None:
+    def _take_signal(self, loop: asyncio.AbstractEventLoop) -> None:
         """The first begins the end. The second is left to the kernel: the engine does not outlive us."""
         self.stop()
-        self._loop.call_later(SAME_SIGNAL_SECONDS, _default_signals, self._loop)
+        loop.call_later(SAME_SIGNAL_SECONDS, _default_signals, loop)
 
     async def _follow(self) -> None:
         """Take what the engine says, until it has died."""

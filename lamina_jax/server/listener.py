@@ -5,18 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 
-from lamina_jax.config import ServerConfig
-
-
-class ListenError(Exception):
-    """The address cannot be listened on; the message says why and what to change."""
+from lamina_jax.config import ConfigError, ServerConfig
 
 
 def listen(config: ServerConfig) -> socket.socket:
     """A socket that takes connections.
 
     Raises:
-        ListenError: the port is in use, or the host is not this machine's.
+        ConfigError: the port is in use, or the host is not this machine's.
     """
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
@@ -27,7 +23,7 @@ def listen(config: ServerConfig) -> socket.socket:
             reason = "is in use: end what listens there, or choose another with --port (0 takes any free one)"
         else:
             reason = f"cannot be listened on ({error.strerror or error}): change --host or --port"
-        raise ListenError(f"{place} {reason}") from None
+        raise ConfigError(f"{place} {reason}") from None
 
 
 def url(listener: socket.socket) -> str:

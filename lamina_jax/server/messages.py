@@ -93,11 +93,11 @@ class Accepted(Struct, frozen=True, tag=True):
 
 
 class Rejected(Struct, frozen=True, tag=True):
-    """No prompt of a call runs: one does not fit the model's context, too many wait, or else."""
+    """No prompt of a call runs: so many others wait, or it can never be served."""
 
     call_id: str
     reason: str
-    kind: Literal["invalid", "too_long", "queue_full"]
+    queue_full: bool
 
 
 class Outputs(Struct, frozen=True, tag=True):

@@ -13,6 +13,10 @@ MOST_TOKEN_ID = 2**31 - 1
 """Of any vocabulary."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt leaves no room for a token in the model's context."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt.
@@ -29,28 +33,44 @@ class Prompt:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer | None, given: Sequence[TextOrIds], *, special_tokens: bool, echo: bool = False
+    tokenizer: Tokenizer | None,
+    given: Sequence[TextOrIds],
+    *,
+    max_model_len: int,
+    special_tokens: bool,
+    echo: bool = False,
 ) -> list[Prompt]:
     """Prompts from texts or token ids. A long text takes its time.
 
     Args:
+        max_model_len: the tokens of a prompt and its continuation.
         special_tokens: whether the tokenizer puts its own around a text.
         echo: whether the text of each token is wanted; without a tokenizer it is empty.
 
     Raises:
+        PromptTooLong: one of them; a text that no tokens could hold is not even looked at.
         ValueError, TypeError: text, where the checkpoint has no tokenizer; text that is no Unicode; a token
             id that is in no vocabulary.
     """
-    return [_encode(tokenizer, prompt, special_tokens, echo) for prompt in given]
+    prompts = []
+    for prompt in given:
+        text, ids = (prompt, []) if isinstance(prompt, str) else (None, prompt)
+        if text is not None:
+            if tokenizer is None:
+                raise ValueError("this checkpoint has no tokenizer.json: give the prompt as token ids")
+            _check_length(len(text), "characters", max_model_len * tokenizer.longest_token, max_model_len)
+            ids = tokenizer.encode(text, special_tokens=special_tokens)
+        _check_length(len(ids), "tokens", max_model_len, max_model_len)
+        for token in ids:
+            if not 0 <= token <= MOST_TOKEN_ID:
+                raise ValueError(f"prompt: token id {token} is not in the vocabulary")
+        prompts.append(Prompt(ids, text, texts_of_tokens(tokenizer, ids) if echo else []))
+    return prompts
 
 
-def _encode(tokenizer: Tokenizer | None, given: TextOrIds, special_tokens: bool, echo: bool) -> Prompt:
-    text, ids = (given, []) if isinstance(given, str) else (None, given)
-    if text is not None:
-        if tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json: give the prompt as token ids")
-        ids = tokenizer.encode(text, special_tokens=special_tokens)
-    for token in ids:
-        if not 0 <= token <= MOST_TOKEN_ID:
-            raise ValueError(f"prompt: token id {token} is not in the vocabulary")
-    return Prompt(ids, text, texts_of_tokens(tokenizer, ids) if echo else [])
+def _check_length(length: int, unit: str, too_many: int, max_model_len: int) -> None:
+    if length >= too_many:
+        raise PromptTooLong(
+            f"prompt: {length} {unit} leave no room for a new token within max_model_len={max_model_len}: "
+            "shorten the prompt or raise max_model_len"
+        )

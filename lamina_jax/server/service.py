@@ -16,7 +16,7 @@ from lamina_jax.core import SamplingParams, WorkerLost
 from lamina_jax.server import messages
 from lamina_jax.server.call import Call
 from lamina_jax.server.call_meter import CallMeter
-from lamina_jax.server.errors import ApiError
+from lamina_jax.server.errors import RETRY_AFTER, ApiError
 from lamina_jax.server.frames import FrameError
 from lamina_jax.server.metrics import ServerMetrics
 from lamina_jax.server.prompts import Prompt
@@ -26,8 +26,6 @@ from lamina_jax.weights.tokenizer import Tokenizer
 STATS_SECONDS = 10.0
 """How long a step may take before `stats` gives up; the engine answers between two steps."""
 
-RETRY_AFTER = {"retry-after": "2"}
-
 
 class Service:
     """What the routes ask.
@@ -35,7 +33,7 @@ class Service:
     Args:
         model: the name under which the model is served.
         send: gives the engine a message.
-        request_seconds: longest time that a call may take.
+        request_seconds: longest time that an HTTP request may take.
 
     Attributes:
         tokenizer: the checkpoint's, once the engine is ready, if it has one.
@@ -112,12 +110,12 @@ class Service:
         `record` is that of its HTTP request.
 
         Raises:
-            ApiError: it cannot be told to the engine (400).
+            ApiError: the engine takes no calls (503), or this one cannot be told to it (400).
         """
-        deadline = asyncio.get_running_loop().time() + self._request_seconds
+        self.require_ready()
         call_id, lengths = f"{prefix}-{uuid.uuid4().hex}", [len(prompt.token_ids) for prompt in prompts]
         meter = CallMeter(self.metrics, record, call_id, lengths, sampling.n)
-        call = Call(call_id, len(prompts), deadline, self._late, param_of, meter)
+        call = Call(call_id, len(prompts), self.deadline(record), self.late, param_of, meter)
         try:
             self._send(messages.Submit(call.id, [prompt.token_ids for prompt in prompts], sampling))
         except FrameError as error:
@@ -125,6 +123,17 @@ class Service:
         self._calls[call.id] = call
         self._idle.clear()
         return call
+
+    def deadline(self, record: RequestRecord) -> float:
+        """When an HTTP request must be over, in the event loop's time, which is `time.monotonic()`."""
+        return record.began + self._request_seconds
+
+    def late(self) -> ApiError:
+        """What it ends with then."""
+        late = "the request took longer than request_seconds allows"
+        if self.lost is None:
+            return ApiError(504, late, code="timeout")
+        return _worker_lost(f"{late}: {WorkerLost(self.lost.worker, self.lost.reason)}")
 
     def close(self, call: Call) -> None:
         """Forget a call; what still runs of it is aborted, and gives its pages back."""
@@ -176,8 +185,8 @@ class Service:
                 self.lost, self.metrics.worker_lost = None, False
             case messages.Accepted(call_id) if call := self._calls.get(call_id):
                 call.accept()
-            case messages.Rejected(call_id) if call := self._calls.get(call_id):
-                call.fail(_rejection(event, call.param_of))
+            case messages.Rejected(call_id, reason, queue_full) if call := self._calls.get(call_id):
+                call.fail(_queue_full(reason) if queue_full else _invalid(reason, call.param_of))
             case messages.Outputs(outputs):
                 for news in outputs:
                     call_id, index = messages.call_and_index(news.request_id)
@@ -193,13 +202,6 @@ class Service:
                     self._stats_asked.set_result(values)
                     self._stats_asked = None
 
-    def _late(self) -> ApiError:
-        """What a call ends with at its deadline."""
-        late = "the request took longer than request_seconds allows"
-        if self.lost is None:
-            return ApiError(504, late, code="timeout")
-        return _worker_lost(f"{late}: {WorkerLost(self.lost.worker, self.lost.reason)}")
-
     def _fail_calls(self, error: ApiError) -> None:
         for call in self._calls.values():
             call.fail(error)
@@ -209,12 +211,12 @@ def _dead(reason: str) -> ApiError:
     return ApiError(500, f"the engine has died: {reason}", code="engine_died")
 
 
-def _rejection(rejected: messages.Rejected, param_of: Callable[[str], str]) -> ApiError:
-    reason = rejected.reason
-    if rejected.kind == "queue_full":
-        return ApiError(429, reason, code="queue_full", headers=RETRY_AFTER)
-    code = "context_length_exceeded" if rejected.kind == "too_long" else None
-    return ApiError(400, reason, param=param_of(reason), code=code)
+def _queue_full(reason: str) -> ApiError:
+    return ApiError(429, reason, code="queue_full", headers=RETRY_AFTER)
+
+
+def _invalid(reason: str, param_of: Callable[[str], str]) -> ApiError:
+    return ApiError(400, reason, param=param_of(reason))
 
 
 def _worker_lost(message: str) -> ApiError:

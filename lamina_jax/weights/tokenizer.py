@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -39,6 +40,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self.inner.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that a token stands for at most."""
+        return max(map(len, self.inner.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids; with those that the tokenizer puts around a text, unless the text has its own."""

@@ -124,6 +124,19 @@ def test_a_full_queue_takes_no_more_and_holds_nothing_of_it(engine: Engine) -> N
     assert all(choice.token_ids == alone for output in outputs.values() for choice in output.outputs)
 
 
+def test_several_are_taken_or_none(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="token id 97"):
+        engine.submit(request("a"), request("b", prompt=(1, 97)))
+    with pytest.raises(ValueError, match=r"4 prompts of 8 choices are more than may wait: .* max_waiting=6"):
+        engine.submit(*(request(f"r{number}", n=2) for number in range(4)))
+    assert not engine.has_work
+    engine.submit(request("first"))
+    with pytest.raises(QueueFull, match="1 requests wait, and 6 more"):
+        engine.submit(*(request(f"r{number}", n=2) for number in range(3)))
+    engine.submit(request("a"), request("b"))
+    assert run(engine).keys() == {"first", "a", "b"}
+
+
 def test_generate_takes_more_prompts_than_may_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina_jax.llm.build_engine", lambda *_, **__: engine)
     llm, params = LLM("fake"), SamplingParams(n=2, max_tokens=3, temperature=0)

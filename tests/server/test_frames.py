@@ -47,7 +47,7 @@ FROM_ENGINE = [
     messages.Progress("compiling", 1, 2),
     messages.Ready({"pages_total": 3, "devices": ["cpu:0"]}),
     messages.Outputs([NEWS]),
-    messages.Rejected("c", "too long", "too_long"),
+    messages.Rejected("c", "too many", True),
     messages.Lost("host:1", "it broke"),
     messages.Died("it did"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from fake_server import (
     DEADLINE,
+    EngineThread,
     FakeEngine,
     Running,
     continuation,
@@ -18,15 +20,18 @@ from fake_server import (
     pages_are_back,
     running,
     sse,
+    tokenizer,
 )
 from fastapi.testclient import TestClient
 
-from lamina_jax.config import ServerConfig
+from lamina_jax.config import ConfigError, ServerConfig
 from lamina_jax.server.app import create_app
 from lamina_jax.server.engine_loop import StartError
-from lamina_jax.server.listener import ListenError, listen
+from lamina_jax.server.lifecycle import Server
+from lamina_jax.server.listener import listen
 from lamina_jax.server.messages import Died, Ready
 from lamina_jax.server.service import Service
+from lamina_jax.weights.tokenizer import Tokenizer
 
 Report = Callable[[str, int, int], None]
 
@@ -91,6 +96,14 @@ def test_stopping_while_it_starts_does_not_wait_for_the_start() -> None:
         assert server.engine.is_alive()
         assert time.monotonic() - started < 5
         may_end.set()
+
+
+def test_a_server_that_is_stopped_before_it_runs_ends() -> None:
+    config = ServerConfig(port=0)
+    engine = EngineThread(FakeEngine().build)
+    server = Server(engine, lambda: None, "fake", config)
+    server.stop()
+    assert asyncio.run(asyncio.wait_for(server.run(listen(config)), DEADLINE)) == 0
 
 
 def test_an_engine_that_dies_ends_its_requests_and_the_process() -> None:
@@ -200,6 +213,27 @@ def test_a_request_has_a_deadline(stream: bool) -> None:
         server.wait_for("/stats", pages_are_back)
 
 
+class SlowTokenizer(Tokenizer):
+    """Takes its time for a text."""
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        time.sleep(2.0)
+        return super().encode(text, special_tokens=special_tokens)
+
+
+def test_the_time_that_a_text_takes_counts() -> None:
+    with running(FakeEngine().build, request_seconds=0.3, load_tokenizer=slow_tokenizer) as server:
+        started = time.monotonic()
+        response = server.complete("abc")
+        assert time.monotonic() - started < 1.5
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+
+
+def slow_tokenizer() -> Tokenizer:
+    return SlowTokenizer(tokenizer().inner)
+
+
 def test_the_engine_sleeps_when_it_has_nothing_to_do(fake: Running) -> None:
     fake.complete("a")
     engine = next(thread for thread in threading.enumerate() if thread.name == "engine")
@@ -212,10 +246,10 @@ def test_the_engine_sleeps_when_it_has_nothing_to_do(fake: Running) -> None:
 def test_a_port_in_use_names_the_port_and_the_flag() -> None:
     with listen(ServerConfig(port=0)) as held:
         port = held.getsockname()[1]
-        with pytest.raises(ListenError, match=rf"port {port} on 127\.0\.0\.1 is in use.*--port"):
+        with pytest.raises(ConfigError, match=rf"port {port} on 127\.0\.0\.1 is in use.*--port"):
             listen(ServerConfig(port=port))
 
 
 def test_a_host_that_is_not_here() -> None:
-    with pytest.raises(ListenError, match=r"192\.0\.2\.1.*--host"):
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1.*--host"):
         listen(ServerConfig(host="192.0.2.1", port=0, insecure=True))
