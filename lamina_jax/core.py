@@ -384,6 +384,7 @@ class RequestOutput:
 
     `prompt_logprobs` holds one entry per prompt token where they were asked for; the first is None.
     `error` says why continuations ended with the finish reason "error": the request can be sent again.
+    `queue_seconds` is the time from `submit` until the first of them was admitted.
     """
 
     request_id: str
@@ -393,6 +394,7 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[Logprobs | None] | None = None
     error: str | None = None
+    queue_seconds: float | None = None
 
     def extend(self, new: RequestOutput) -> None:
         """Add what came after this; its parts may be kept, so nobody else may change them afterwards."""
@@ -405,4 +407,6 @@ class RequestOutput:
         self.outputs.sort(key=lambda choice: choice.index)
         if new.prompt_logprobs is not None:
             self.prompt_logprobs = (self.prompt_logprobs or []) + new.prompt_logprobs
+        if new.queue_seconds is not None:
+            self.queue_seconds = new.queue_seconds
         self.finished, self.error = new.finished, new.error

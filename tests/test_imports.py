@@ -47,7 +47,12 @@ def test_the_library_loads_no_http_server() -> None:
 
 def test_the_server_loads_no_jax() -> None:
     """Its engine's process does, at the same time."""
-    loaded = modules_after("lamina_jax.serve", "lamina_jax.server.lifecycle", "lamina_jax.weights.hub")
+    loaded = modules_after(
+        "lamina_jax.serve",
+        "lamina_jax.server.lifecycle",
+        "lamina_jax.server.engine_loop",
+        "lamina_jax.weights.hub",
+    )
     assert "uvicorn" in loaded
     assert not loaded & {"jax", "jaxlib", "flax"}
 

@@ -266,6 +266,9 @@ class Engine:
         if plan is not None:
             self._in_flight.append((plan, self.runner.dispatch(plan)))
             self._steps += 1
+            last = plan.microbatches[-1]
+            for request_id in last.request_ids if last.kind == "prefill" else ():
+                self._choices[request_id][0].admit()
         self._host_seconds += time.perf_counter() - started
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
             return []

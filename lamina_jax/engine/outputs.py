@@ -5,6 +5,7 @@ It turns token ids into outputs. It knows nothing of steps, pages or devices.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from lamina_jax.core import (
@@ -116,6 +117,13 @@ class PromptOutput:
         wanted = request.sampling.prompt_logprobs is not None
         self._prompt_logprobs: list[Logprobs | None] | None = [None] if wanted else None
         self.error: str | None = None
+        self._waits_since: float | None = time.monotonic()
+        self._queue_seconds: float | None = None
+
+    def admit(self) -> None:
+        """One of its choices has left the queue; the first time counts."""
+        if self._waits_since is not None:
+            self._queue_seconds, self._waits_since = time.monotonic() - self._waits_since, None
 
     def take_prompt(self, logprobs: Sequence[Logprobs]) -> None:
         """The log-probabilities of the next prompt tokens, of the first choice."""
@@ -128,12 +136,14 @@ class PromptOutput:
     def news(self) -> RequestOutput:
         """What is new since this was last asked."""
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        queue_seconds, self._queue_seconds = self._queue_seconds, None
         return RequestOutput(
             request_id=self.request.request_id,
             outputs=[new for choice in self.choices if (new := choice.news())],
             finished=self.finished,
             prompt_logprobs=prompt_logprobs,
             error=self.error,
+            queue_seconds=queue_seconds,
         )
 
 

@@ -48,6 +48,9 @@ class CallMeter:
     def take(self, prompt: int, news: RequestOutput) -> None:
         """What is new of a prompt's choices; to be told as soon as it is known."""
         now = self._record.elapsed()
+        if news.queue_seconds is not None:
+            self._metrics.queue.observe(news.queue_seconds)
+            self._record.queue_seconds = max(self._record.queue_seconds or 0.0, news.queue_seconds)
         for choice in news.outputs:
             request = self._running[prompt, choice.index]
             if choice.token_ids:

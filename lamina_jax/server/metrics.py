@@ -69,6 +69,9 @@ class ServerMetrics(Collector):
         ProcessCollector(registry=self._registry)
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "For which a prompt waited in the engine's queue.", REQUEST_SECONDS
+        )
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From the HTTP request to its first token.", FIRST_TOKEN_SECONDS
         )

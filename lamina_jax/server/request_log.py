@@ -35,6 +35,7 @@ class RequestRecord:
         status: of the answer, 0 where there was none.
         call_id: of its completion, if it became one; so are the rest.
         prompt_tokens, completion_tokens: of all prompts and all choices.
+        queue_seconds: for which its prompts waited in the engine's queue, the longest of them.
         first_token_seconds: until the first token of any choice.
         finish_reasons: of the choices that have ended.
         error: the code of the error that ended it.
@@ -46,6 +47,7 @@ class RequestRecord:
     call_id: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    queue_seconds: float | None = None
     first_token_seconds: float | None = None
     finish_reasons: Counter[str] = field(default_factory=Counter)
     error: str | None = None
@@ -55,18 +57,22 @@ class RequestRecord:
 
     def fields(self) -> dict[str, Any]:
         """For a line of the log; what is not known is left out."""
-        first = self.first_token_seconds
         known = {
             "request_id": self.request_id,
             "call_id": self.call_id,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "first_token_s": None if first is None else round(first, 4),
-            "total_s": round(self.elapsed(), 4),
+            "queue_s": self.queue_seconds,
+            "first_token_s": self.first_token_seconds,
+            "total_s": self.elapsed(),
             "finish_reason": ",".join(sorted(self.finish_reasons)) or None,
             "error": self.error,
         }
-        return {name: value for name, value in known.items() if value is not None}
+        return {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in known.items()
+            if value is not None
+        }
 
 
 class RequestLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -135,6 +136,18 @@ def test_several_are_taken_or_none(engine: Engine) -> None:
         engine.submit(*(request(f"r{number}", n=2) for number in range(3)))
     engine.submit(request("a"), request("b"))
     assert run(engine).keys() == {"first", "a", "b"}
+
+
+def test_how_long_a_prompt_waited_is_said_once(engine: Engine) -> None:
+    engine.submit(*(request(f"r{number}", n=3) for number in range(2)))
+    waited: dict[str, list[float]] = {}
+    while engine.has_work:
+        time.sleep(0.01)
+        for new in engine.step():
+            if new.queue_seconds is not None:
+                waited.setdefault(new.request_id, []).append(new.queue_seconds)
+    assert {name: len(times) for name, times in waited.items()} == {"r0": 1, "r1": 1}
+    assert 0.01 <= waited["r0"][0] < waited["r1"][0] < 10
 
 
 def test_generate_takes_more_prompts_than_may_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from fake_server import DEADLINE, NUM_PAGES, FakeEngine, Running, in_thread, pages_are_back, running
@@ -53,7 +54,7 @@ def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
     metrics, record = ServerMetrics("m"), RequestRecord(request_id="r")
     meter = CallMeter(metrics, record, "cmpl-1", [7], 1)
     clock.now = 0.05
-    meter.take(0, news(1))
+    meter.take(0, replace(news(1), queue_seconds=0.01))
     clock.now = 0.09
     meter.take(0, news(2))
     clock.now = 1.7
@@ -62,6 +63,8 @@ def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
     values = read(metrics.page())
     assert values["prompt_tokens_total"] == 7
     assert values["generation_tokens_total"] == 4
+    assert values["request_queue_time_seconds_count"] == 1
+    assert values["request_queue_time_seconds_sum"] == pytest.approx(0.01)
     assert values["time_to_first_token_seconds_count"] == 1
     assert values["time_to_first_token_seconds_sum"] == pytest.approx(0.05)
     assert values["time_to_first_token_seconds_bucket 0.04"] == 0
@@ -77,7 +80,7 @@ def test_a_request_from_its_first_token_to_its_last(clock: Clock) -> None:
     }
     assert ended == {"stop": 0, "length": 1, "abort": 0, "error": 0}
     assert (record.prompt_tokens, record.completion_tokens, record.first_token_seconds) == (7, 4, 0.05)
-    assert record.fields()["finish_reason"] == "length"
+    assert (record.fields()["finish_reason"], record.fields()["queue_s"]) == ("length", 0.01)
 
 
 @pytest.mark.parametrize(("error", "reason"), [(None, "abort"), ("worker_lost", "error")])
