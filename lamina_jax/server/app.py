@@ -18,18 +18,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import lamina_jax
 from lamina_jax.server.answer import Answer
 from lamina_jax.server.auth import KeyGuard
-from lamina_jax.server.body_limit import BodyLimit
 from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
 from lamina_jax.server.errors import RETRY_AFTER, ApiError, ErrorBody, as_api_error
 from lamina_jax.server.prompts import PromptTooLong, TextOrIds, encode_prompts
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from lamina_jax.server.request_limits import RequestLimits
 from lamina_jax.server.request_log import RequestLog
 from lamina_jax.server.service import Service
 
 UNREAD_SECONDS = 5.0
-"""What a client gets, after its call's deadline, to read that it is over."""
+"""What a client gets, after its request's deadline, to read that it is over."""
 
 SCRAPE_SECONDS = 1.0
 """What the engine gets to answer Prometheus; then it is told what was known before."""
@@ -52,7 +52,7 @@ def create_app(service: Service, keys: tuple[bytes, ...] = ()) -> ASGIApp:
     app = FastAPI(title="lamina_jax", version=lamina_jax.__version__, responses=ERRORS)
     app.state.service = service
     app.include_router(router)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestLimits, seconds=service.request_seconds + UNREAD_SECONDS)
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error_response)
     # Around it all, so that every answer carries its request's id, those to its own failures too.
@@ -158,9 +158,9 @@ async def _generate(
         echo=echo,
     )
     call = service.open(body.ID_PREFIX, prompts, sampling, request.state.record, param_of=body.param_of)
-    answer = kind(call.id, body, prompts)
     with ExitStack() as owned:
         owned.callback(service.close, call)
+        answer = kind(call.id, body, prompts)
         await _unless_gone(request, call.accepted())
         if not body.stream:
             return JSONResponse(await _unless_gone(request, _whole(call, answer)))
@@ -198,10 +198,7 @@ async def _whole(call: Call, answer: Answer) -> dict[str, Any]:
 
 
 class _EventStream(StreamingResponse):
-    """A call's outputs as server-sent events. However the response ends, the call is closed.
-
-    A client that has stopped reading is left after the call's deadline.
-    """
+    """A call's outputs as server-sent events. However the response ends, the call is closed."""
 
     def __init__(self, service: Service, call: Call, answer: Answer) -> None:
         super().__init__(_events(call, answer), media_type="text/event-stream")
@@ -209,9 +206,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._call.deadline + UNREAD_SECONDS):
-                    await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             self._service.close(self._call)
 

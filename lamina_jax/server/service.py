@@ -36,6 +36,7 @@ class Service:
         request_seconds: longest time that an HTTP request may take.
 
     Attributes:
+        request_seconds: as given.
         tokenizer: the checkpoint's, once the engine is ready, if it has one.
         metrics: what Prometheus is told.
     """
@@ -50,7 +51,7 @@ class Service:
         self.error: str | None = None
         self.lost: messages.Lost | None = None
         self.draining = False
-        self._send, self._request_seconds = send, request_seconds
+        self._send, self.request_seconds = send, request_seconds
         self._started = time.monotonic()
         self._calls: dict[str, Call] = {}
         self.metrics = ServerMetrics(model)
@@ -126,7 +127,7 @@ class Service:
 
     def deadline(self, record: RequestRecord) -> float:
         """When an HTTP request must be over, in the event loop's time, which is `time.monotonic()`."""
-        return record.began + self._request_seconds
+        return record.began + self.request_seconds
 
     def late(self) -> ApiError:
         """What it ends with then."""

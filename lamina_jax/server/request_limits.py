@@ -1,4 +1,7 @@
-"""Bounds what clients may send: the bytes of one body and of all of them together, and how long one takes."""
+"""Bounds what a client may cost: the bytes of one body and of all together, and the time until it has gone.
+
+Knows nothing of what is asked.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +20,46 @@ BODY_SECONDS = 60.0
 """In which a body must have come."""
 
 
-class BodyLimit:
-    """Refuses a body before it is in memory."""
+class RequestLimits:
+    """Refuses a body before it is in memory, and leaves a client that is not gone in time.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app, self._held = app, 0
+    Args:
+        seconds: for all of a request, until the client has read its answer.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app, self._seconds, self._held = app, seconds, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        body_due = asyncio.get_running_loop().time() + BODY_SECONDS
         received, more = 0, True
 
         async def limited() -> Message:
             nonlocal received, more
-            if not more:  # the client's end is waited for
+            if not more:  # its end is waited for
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(body_due):
                     message = await receive()
             except TimeoutError:
                 late = f"the body has not come within {BODY_SECONDS:g} s"
                 raise ApiError(408, late, code="timeout", headers={"connection": "close"}) from None
-            more = message.get("more_body", False)
-            size = len(message.get("body", b""))
+            more, size = message.get("more_body", False), len(message.get("body", b""))
             received += size
             self._held += size
             if received > MAX_BODY_BYTES:
-                large = f"the body is larger than {MAX_BODY_BYTES} bytes"
-                raise ApiError(413, large, code="body_too_large")
+                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
             if self._held > MAX_BYTES:
                 much = f"the bodies of all requests are larger than {MAX_BYTES} bytes: send it again later"
                 raise ApiError(503, much, code="overloaded", headers=RETRY_AFTER)
             return message
 
+        limit = asyncio.timeout(self._seconds)
         try:
-            await self._app(scope, limited, send)
+            async with limit:
+                await self._app(scope, limited, send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
         finally:
             self._held -= received
