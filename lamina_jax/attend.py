@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lamina_jax.config import AttendConfig, ConfigError, SecurityConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
-from lamina_jax.server.report import configure_logging
+from lamina_jax.server.log_format import configure_logging
 
 if TYPE_CHECKING:
     from lamina_jax.worker.server import MakeSession

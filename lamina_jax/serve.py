@@ -57,7 +57,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
         engine = EngineProcess(start, cluster.engine.environment)
     # Only now, beside the engine's process, which imports jax: the web server's packages take a while, too.
     from lamina_jax.server.lifecycle import Server
-    from lamina_jax.server.report import configure_logging
+    from lamina_jax.server.log_format import configure_logging
     from lamina_jax.weights.hub import find_model
     from lamina_jax.weights.tokenizer import load_tokenizer
 

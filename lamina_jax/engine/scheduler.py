@@ -98,7 +98,7 @@ class Scheduler:
             ValueError: the prompt is empty or longer than `max_model_len` - 1, or the request alone needs
                 more pages than there are.
         """
-        self._checked(request)
+        self._live(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its `max_tokens` is clipped to what fits `max_model_len`.
@@ -110,7 +110,7 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is already held: use another request_id")
-        live = self._checked(request)
+        live = self._live(request)
         live.arrival = self._arrivals
         self._arrivals += 1
         self._requests[request.request_id] = live
@@ -210,7 +210,7 @@ class Scheduler:
                 f"the scheduler is idle but {self.pages.num_used} of {self.pages.num_pages} pages are in use"
             )
 
-    def _checked(self, request: Request) -> LiveRequest:
+    def _live(self, request: Request) -> LiveRequest:
         live = LiveRequest(request, self._max_tokens(request))
         num_pages = self.pages.pages_for(live.most_cached)
         if num_pages > self.config.most_pages:

@@ -253,4 +253,4 @@ def _service(request: Request) -> Service:
 def _error_response(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     request.state.record.error = answer.code
-    return JSONResponse(answer.body, answer.status_code, headers=answer.headers)
+    return answer.response()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lamina_jax.server.api_keys import digest
@@ -35,7 +34,7 @@ class KeyGuard:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await JSONResponse(error.body, error.status_code, headers=error.headers)(scope, receive, send)
+        await error.response()(scope, receive, send)
 
     def _shows_key(self, scope: Scope) -> bool:
         """Takes the same time whichever key is shown, or none."""

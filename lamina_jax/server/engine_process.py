@@ -17,8 +17,8 @@ from lamina_jax.core import WorkerLost
 from lamina_jax.engine.engine import Engine
 from lamina_jax.server.engine_loop import Build, EngineLoop, StartError
 from lamina_jax.server.frames import STARTS, receive
+from lamina_jax.server.log_format import configure_logging
 from lamina_jax.server.messages import Start
-from lamina_jax.server.report import configure_logging
 
 
 def main() -> None:

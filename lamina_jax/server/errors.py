@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
 RETRY_AFTER = {"retry-after": "2"}
 """The header of an answer that may be another one soon."""
@@ -49,6 +50,9 @@ class ApiError(HTTPException):
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         error = Error(message=self.detail, type=kind, param=self.param, code=self.code)
         return ErrorBody(error=error).model_dump()
+
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status_code, headers=self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:

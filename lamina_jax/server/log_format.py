@@ -1,4 +1,4 @@
-"""How a line of the log looks: for people, or one JSON object for programs.
+"""The log: where it goes, and how a line of it looks: for people, or one JSON object for programs.
 
 A record may carry `fields` (`log.info(text, extra={"fields": {...}})`): in text they follow as `name=value`,
 in JSON they are keys of their own.
@@ -9,7 +9,15 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
+
+
+def configure_logging(log_format: Literal["text", "json"] = "text") -> None:
+    """The library's notes (devices, slices, the memory budget) and everybody's warnings, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("lamina_jax").setLevel(logging.INFO)
 
 
 class TextFormatter(logging.Formatter):

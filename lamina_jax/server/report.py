@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lamina_jax.server.log_format import JsonFormatter, TextFormatter
-
-LogFormat = Literal["text", "json"]
-
 LINE_SECONDS = 5.0
 """Between two lines of one phase, where there is no terminal."""
 
-
 log = logging.getLogger(__name__)
-
-
-def configure_logging(log_format: LogFormat = "text") -> None:
-    """The library's notes (devices, slices, the memory budget) and everybody's warnings, on stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("lamina_jax").setLevel(logging.INFO)
 
 
 class StartReport:
@@ -65,12 +51,8 @@ class StartReport:
 
     def _show_bar(self, console: Console, phase: str, done: int, total: int) -> None:
         if self._bar is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
+            phases = TextColumn("{task.description}")
+            columns = phases, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             self._bar = Progress(*columns, console=console)
             self._bar.add_task(phase, total=total)
             self._bar.start()

@@ -187,7 +187,10 @@ class Service:
             case messages.Accepted(call_id) if call := self._calls.get(call_id):
                 call.accept()
             case messages.Rejected(call_id, reason, queue_full) if call := self._calls.get(call_id):
-                call.fail(_queue_full(reason) if queue_full else _invalid(reason, call.param_of))
+                if queue_full:
+                    call.fail(ApiError(429, reason, code="queue_full", headers=RETRY_AFTER))
+                else:
+                    call.fail(ApiError(400, reason, param=call.param_of(reason)))
             case messages.Outputs(outputs):
                 for news in outputs:
                     call_id, index = messages.call_and_index(news.request_id)
@@ -210,14 +213,6 @@ class Service:
 
 def _dead(reason: str) -> ApiError:
     return ApiError(500, f"the engine has died: {reason}", code="engine_died")
-
-
-def _queue_full(reason: str) -> ApiError:
-    return ApiError(429, reason, code="queue_full", headers=RETRY_AFTER)
-
-
-def _invalid(reason: str, param_of: Callable[[str], str]) -> ApiError:
-    return ApiError(400, reason, param=param_of(reason))
 
 
 def _worker_lost(message: str) -> ApiError:
