@@ -13,8 +13,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._beginnings = {stop[:count] for stop in stops for count in range(1, len(stop))}
-        self._longest = max(map(len, self._beginnings), default=0)
+        self._firsts = {stop[0] for stop in stops}
+        self._longest = max(map(len, stops), default=1) - 1  # of their beginnings
 
     def find(self, text: str) -> tuple[int, str] | None:
         """(where it begins, the stop string) of the first one in `text`; None where there is none."""
@@ -23,7 +23,11 @@ class StopStrings:
 
     def shown(self, text: str) -> int:
         """How many characters of `text` may be shown: the end of it may yet become a stop string."""
-        for count in range(min(len(text), self._longest), 0, -1):
-            if text[-count:] in self._beginnings:
-                return len(text) - count
+        for start in range(max(0, len(text) - self._longest), len(text)):
+            if text[start] in self._firsts and self._begins(text[start:]):
+                return start
         return len(text)
+
+    def _begins(self, text: str) -> bool:
+        """Whether some stop string begins so, and goes on."""
+        return any(len(text) < len(stop) and stop.startswith(text) for stop in self._stops)

@@ -36,6 +36,7 @@ from lamina_jax.server.refused_fields import (
 
 MAX_CHOICES = 1024
 MAX_STOP = 64
+MAX_STOP_TOKEN_IDS = 1024
 
 
 def _unicode(text: str) -> str:
@@ -98,8 +99,8 @@ class GenerationRequest(_Body):
     """at most 300 token ids, -100 .. 100"""
     stop: Stop | None = None
     """at most 64; not part of the text"""
-    stop_token_ids: list[int] | None = None
-    """beside the model's own end ids"""
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    """at most 1,024; beside the model's own end ids"""
     ignore_eos: bool | None = None
     """the model's own end ids do not end the text"""
     prompt_logprobs: int | None = None
@@ -176,7 +177,7 @@ def _prompts(value: object) -> list[TextOrIds]:
 
 
 def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 Prompts = Annotated[

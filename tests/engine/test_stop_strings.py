@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +37,15 @@ def test_any_split_of_a_text_ends_at_the_same_place(pieces: list[str], stops: li
 def test_of_two_stop_strings_the_first_in_the_text_counts() -> None:
     assert StopStrings(["cd", "b"]).find("abcd") == (1, "b")
     assert StopStrings([]).find("abc") is None
+
+
+def test_a_long_stop_string_costs_no_more_than_itself() -> None:
+    tracemalloc.start()
+    finder = StopStrings(["a" * 20_000])
+    assert finder.shown("b" + "a" * 100) == 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_the_beginning_of_a_stop_string_is_held_back() -> None:

@@ -212,6 +212,7 @@ def test_a_field_that_is_refused_may_ask_for_nothing(fake: Running, name: str) -
         ({"return_token_ids": 1}, "return_token_ids", "boolean"),
         ({"stop_token_ids": 3}, "stop_token_ids", "list"),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids", "at least 0"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "1024"),
         ({"stop_token_ids": [10**30]}, "stop_token_ids", "9223372036854775807"),
         ({"stop": "\ud800"}, "stop.0", "surrogates"),
         ({"max_tokens": 10**30}, "max_tokens", "9223372036854775807"),
