@@ -70,14 +70,12 @@ def _invalid(found: dict[str, Any]) -> ApiError:
     """From what pydantic found first."""
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
-    param = found.get("ctx", {}).get("param") or _path(found["loc"][1:])
+    param = _path((*found["loc"][1:], found.get("ctx", {}).get("param")))
     if not param:
         return ApiError(400, "the body must be a JSON object, sent with 'content-type: application/json'")
     match found["type"]:
         case "missing":
             message = f"the field {param!r} is missing"
-        case "extra_forbidden":
-            message = f"unknown field {param!r}: leave it out"
         case "not_supported":
             message = found["msg"]
         case _:
@@ -85,6 +83,6 @@ def _invalid(found: dict[str, Any]) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def _path(places: tuple[int | str, ...]) -> str:
+def _path(places: tuple[int | str | None, ...]) -> str:
     """Where in the body, without pydantic's mark for the key of an entry."""
-    return ".".join(str(place) for place in places if place != "[key]")
+    return ".".join(str(place) for place in places if place not in (None, "[key]"))

@@ -18,13 +18,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from lamina_jax.core import SamplingParams
+from lamina_jax.core import MAX_LOGIT_BIAS, SamplingParams
 from lamina_jax.server.prompts import TextOrIds
 from lamina_jax.server.refused_fields import (
     REFUSED_IN_CHAT,
@@ -51,8 +52,27 @@ Stop = Annotated[
 ]
 
 
+def _few_biases(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise refusal(None, f"logit_bias has {len(value)} entries, at most {MAX_LOGIT_BIAS} are taken")
+    return value
+
+
+LogitBias = Annotated[dict[Annotated[int, Field(strict=False)], float], BeforeValidator(_few_biases)]
+
+
 class _Body(BaseModel):
+    """What is wrong is told of one place alone: a body has room for millions of errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        for name in body if isinstance(body, dict) else ():
+            if name not in cls.model_fields:
+                raise refusal(name, f"unknown field {name!r}: leave it out")
+        return body
 
 
 class StreamOptions(_Body):
@@ -95,7 +115,7 @@ class GenerationRequest(_Body):
     """-2 .. 2"""
     repetition_penalty: float | None = None
     """of the prompt's tokens too; above 0, 1 does nothing"""
-    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
+    logit_bias: LogitBias | None = None
     """at most 300 token ids, -100 .. 100"""
     stop: Stop | None = None
     """at most 64; not part of the text"""
@@ -235,7 +255,7 @@ class ChatRequest(GenerationRequest):
     ID_PREFIX = "chatcmpl"
     PROMPT = "messages"
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FailFast()]
     """roles as the chat template knows them; content is a string or a list of text parts, which are joined by
     line breaks"""
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -64,6 +64,6 @@ def _not_supported(name: str, value: object, harmless: tuple[object, ...]) -> Py
     return refusal(name, f"{name}={reprlib.repr(value)} is not supported: leave it out or send {instead}")
 
 
-def refusal(name: str, message: str) -> PydanticCustomError:
-    """Braces of the value must not be taken for places of the text."""
+def refusal(name: str | None, message: str) -> PydanticCustomError:
+    """Of a field of what is validated; None: of that itself. Braces of a value are no places of the text."""
     return PydanticCustomError("not_supported", "{message}", {"param": name, "message": message})
