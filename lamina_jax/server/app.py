@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -22,7 +23,7 @@ from lamina_jax.server.call import Call
 from lamina_jax.server.chat_answer import ChatAnswer
 from lamina_jax.server.completion_answer import CompletionAnswer
 from lamina_jax.server.errors import RETRY_AFTER, ApiError, ErrorBody, as_api_error
-from lamina_jax.server.prompts import PromptTooLong, TextOrIds, encode_prompts
+from lamina_jax.server.prompts import PromptTooLong, TextOrIds, encode_prompt
 from lamina_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from lamina_jax.server.request_limits import RequestLimits
 from lamina_jax.server.request_log import RequestLog
@@ -147,16 +148,14 @@ async def _generate(
     max_model_len = service.require_ready()["max_model_len"]
     with _at_fault(body):
         sampling = body.sampling(max_model_len)
-    prompts = await _in_thread(
-        request,
-        body,
-        encode_prompts,
+    encode = partial(
+        encode_prompt,
         service.tokenizer,
-        given,
         max_model_len=max_model_len,
         special_tokens=body.special_tokens,
         echo=echo,
     )
+    prompts = [await _in_thread(request, body, encode, prompt) for prompt in given]
     call = service.open(body.ID_PREFIX, prompts, sampling, request.state.record, param_of=body.param_of)
     with ExitStack() as owned:
         owned.callback(service.close, call)
@@ -171,7 +170,7 @@ async def _generate(
 async def _in_thread(
     request: Request, body: GenerationRequest, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """What takes its time, within that of the request: the thread of what is late still runs to its end."""
+    """What takes its time, within that of the request; what is late runs on, so it must not be long."""
     service = _service(request)
     try:
         async with asyncio.timeout_at(service.deadline(request.state.record)):

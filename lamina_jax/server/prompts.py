@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lamina_jax.weights.tokenizer import Tokenizer, texts_of_tokens
@@ -32,15 +31,15 @@ class Prompt:
     echo: list[str] = field(default_factory=list)
 
 
-def encode_prompts(
+def encode_prompt(
     tokenizer: Tokenizer | None,
-    given: Sequence[TextOrIds],
+    given: TextOrIds,
     *,
     max_model_len: int,
     special_tokens: bool,
     echo: bool = False,
-) -> list[Prompt]:
-    """Prompts from texts or token ids. A long text takes its time.
+) -> Prompt:
+    """A prompt from a text or token ids. A long text takes its time.
 
     Args:
         max_model_len: the tokens of a prompt and its continuation.
@@ -48,24 +47,21 @@ def encode_prompts(
         echo: whether the text of each token is wanted; without a tokenizer it is empty.
 
     Raises:
-        PromptTooLong: one of them; a text that no tokens could hold is not even looked at.
+        PromptTooLong: a text that no tokens could hold is not even looked at.
         ValueError, TypeError: text, where the checkpoint has no tokenizer; text that is no Unicode; a token
             id that is in no vocabulary.
     """
-    prompts = []
-    for prompt in given:
-        text, ids = (prompt, []) if isinstance(prompt, str) else (None, prompt)
-        if text is not None:
-            if tokenizer is None:
-                raise ValueError("this checkpoint has no tokenizer.json: give the prompt as token ids")
-            _check_length(len(text), "characters", max_model_len * tokenizer.longest_token, max_model_len)
-            ids = tokenizer.encode(text, special_tokens=special_tokens)
-        _check_length(len(ids), "tokens", max_model_len, max_model_len)
-        for token in ids:
-            if not 0 <= token <= MOST_TOKEN_ID:
-                raise ValueError(f"prompt: token id {token} is not in the vocabulary")
-        prompts.append(Prompt(ids, text, texts_of_tokens(tokenizer, ids) if echo else []))
-    return prompts
+    text, ids = (given, []) if isinstance(given, str) else (None, given)
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: give the prompt as token ids")
+        _check_length(len(text), "characters", max_model_len * tokenizer.longest_token, max_model_len)
+        ids = tokenizer.encode(text, special_tokens=special_tokens)
+    _check_length(len(ids), "tokens", max_model_len, max_model_len)
+    for token in ids:
+        if not 0 <= token <= MOST_TOKEN_ID:
+            raise ValueError(f"prompt: token id {token} is not in the vocabulary")
+    return Prompt(ids, text, texts_of_tokens(tokenizer, ids) if echo else [])
 
 
 def _check_length(length: int, unit: str, too_many: int, max_model_len: int) -> None:

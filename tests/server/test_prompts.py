@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_server import tokenizer
 
-from lamina_jax.server.prompts import PromptTooLong, encode_prompts
+from lamina_jax.server.prompts import PromptTooLong, encode_prompt
 from lamina_jax.weights.tokenizer import Tokenizer
 
 
@@ -17,13 +17,12 @@ class NeverAsked(Tokenizer):
 
 
 def test_a_text_that_no_tokens_hold_is_not_tokenised() -> None:
-    given = ["a" * 8]
     with pytest.raises(PromptTooLong, match=r"^prompt: 8 characters .* max_model_len=8"):
-        encode_prompts(NeverAsked(tokenizer().inner), given, max_model_len=8, special_tokens=False)
-    (prompt,) = encode_prompts(tokenizer(), given, max_model_len=9, special_tokens=False)
+        encode_prompt(NeverAsked(tokenizer().inner), "a" * 8, max_model_len=8, special_tokens=False)
+    prompt = encode_prompt(tokenizer(), "a" * 8, max_model_len=9, special_tokens=False)
     assert len(prompt.token_ids) == 8
 
 
 def test_token_ids_are_counted() -> None:
     with pytest.raises(PromptTooLong, match=r"^prompt: 8 tokens .* max_model_len=8"):
-        encode_prompts(None, [[1], [1] * 8], max_model_len=8, special_tokens=False)
+        encode_prompt(None, [1] * 8, max_model_len=8, special_tokens=False)
