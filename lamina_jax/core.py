@@ -371,7 +371,8 @@ class CompletionOutput:
         self.text += new.text
         self.token_ids += new.token_ids
         if new.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + new.logprobs
+            self.logprobs = self.logprobs or []
+            self.logprobs += new.logprobs
         self.finish_reason, self.stop_reason = new.finish_reason, new.stop_reason
 
 
@@ -406,7 +407,8 @@ class RequestOutput:
                 self.outputs.append(choice)
         self.outputs.sort(key=lambda choice: choice.index)
         if new.prompt_logprobs is not None:
-            self.prompt_logprobs = (self.prompt_logprobs or []) + new.prompt_logprobs
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += new.prompt_logprobs
         if new.queue_seconds is not None:
             self.queue_seconds = new.queue_seconds
         self.finished, self.error = new.finished, new.error
