@@ -32,8 +32,8 @@ class Call:
         param_of: Callable[[str], str],
         meter: CallMeter,
     ) -> None:
-        self.id, self.count, self.deadline, self.param_of = call_id, count, deadline, param_of
-        self._late, self._meter = late, meter
+        self.id, self.count, self.param_of = call_id, count, param_of
+        self._deadline, self._late, self._meter = deadline, late, meter
         self._accepted = False
         self._unfinished = count
         self._news: dict[int, RequestOutput] = {}
@@ -86,7 +86,7 @@ class Call:
 
     async def _change(self) -> None:
         try:
-            async with asyncio.timeout_at(self.deadline):
+            async with asyncio.timeout_at(self._deadline):
                 await self._changed.wait()
         except TimeoutError:
             self._error = self._late()

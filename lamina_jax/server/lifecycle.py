@@ -71,15 +71,11 @@ class Server:
         self._service = Service(model, self._link.send, request_seconds=config.request_seconds)
         self._report = StartReport(Console(stderr=True) if config.log_format == "text" else None)
         self._over = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending = False
         self._url = ""
 
     async def run(self, listener: socket.socket) -> int:
         """Serve until a signal comes or the engine dies; the exit code. Call it once."""
-        self._loop, self._url = asyncio.get_running_loop(), url(listener)
-        if self._ending:
-            self._over.set()
+        self._url = url(listener)
         self._report.line(f"listening on {self._url}, loading {self._service.model}")
         await self._link.open()
         web = _WebServer(
@@ -107,12 +103,10 @@ class Server:
         return 0 if self._service.error is None else 1
 
     def stop(self) -> None:
-        """Drain and end; from any thread, at any time."""
-        if not self._ending:
+        """Drain and end; on the event loop, or before it runs."""
+        if not self._over.is_set():
             self._report.line("ending; a second signal ends at once")
-            self._ending = True  # in this order: either this thread or `run` sees what the other has set
-            if self._loop is not None and not self._over.is_set():
-                self._loop.call_soon_threadsafe(self._over.set)
+            self._over.set()
 
     async def _drain(self) -> None:
         if self._service.error is None:

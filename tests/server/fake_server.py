@@ -154,7 +154,13 @@ class Running:
     server: Server
     client: httpx.Client
     thread: threading.Thread
+    loop: asyncio.AbstractEventLoop
     code: int | None = None
+
+    def stop(self) -> None:
+        """Have the server end, unless it has."""
+        with suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.server.stop)
 
     def wait_ended(self) -> int | None:
         self.thread.join(DEADLINE)
@@ -217,19 +223,21 @@ def running(
     listener = listen(config)
     engine = EngineThread(build)
     server = Server(engine, load_tokenizer, model, config, read_keys(config.api_key_file))
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     with httpx.Client(base_url=url(listener), timeout=DEADLINE) as client:
 
         def serve() -> None:
-            found.code = asyncio.run(server.run(listener))
+            with runner:
+                found.code = runner.run(server.run(listener))
 
-        found = Running(engine, server, client, threading.Thread(target=serve))
+        found = Running(engine, server, client, threading.Thread(target=serve), runner.get_loop())
         found.thread.start()
         try:
             if ready:
                 found.wait_ready()
             yield found
         finally:
-            server.stop()
+            found.stop()
             found.wait_ended()
             assert not engine.is_alive() or not ready
 

@@ -91,7 +91,7 @@ def test_stopping_while_it_starts_does_not_wait_for_the_start() -> None:
     with running(FakeEngine(before=slow).build, ready=False) as server:
         assert reported.wait(DEADLINE)
         started = time.monotonic()
-        server.server.stop()
+        server.stop()
         assert server.wait_ended() == 0
         assert server.engine.is_alive()
         assert time.monotonic() - started < 5
@@ -174,7 +174,7 @@ def test_a_stop_finishes_what_runs_and_takes_nothing_new() -> None:
         fake.runner.gate.clear()
         thread, results = in_thread(lambda: server.complete("abc", max_tokens=20, stream=True))
         assert fake.runner.reading.wait(DEADLINE)
-        server.server.stop()
+        server.stop()
         server.wait_for("/ready", lambda response: response.json()["phase"] == "draining")
         refused = server.complete()
         assert refused.status_code == 503
@@ -193,7 +193,7 @@ def test_what_does_not_end_in_time_is_ended_with_an_error(stream: bool) -> None:
         fake.runner.gate.clear()
         thread, results = in_thread(lambda: server.complete("abc", max_tokens=20, stream=stream))
         assert fake.runner.reading.wait(DEADLINE)
-        server.server.stop()
+        server.stop()
         thread.join(DEADLINE)
         body = sse(results[0].text)[-1] if stream else results[0].json()
         assert body["error"]["code"] == "shutting_down"

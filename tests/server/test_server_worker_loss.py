@@ -134,7 +134,7 @@ def test_a_stop_during_the_loss_ends_in_time(stream: bool) -> None:
         thread, results = in_thread(lambda: server.complete("abc", stream=stream))
         server.wait_for("/stats", lambda response: response.json()["requests_waiting"] == 1)
         started = time.monotonic()
-        server.server.stop()
+        server.stop()
         assert server.wait_ended() == 0
         assert time.monotonic() - started < 3
         thread.join(DEADLINE)
@@ -147,7 +147,7 @@ def test_what_waits_at_a_stop_is_still_served_if_the_worker_comes_back() -> None
         lose_in_idleness(server, runner)
         thread, results = in_thread(lambda: server.complete("abc", max_tokens=5))
         server.wait_for("/stats", lambda response: response.json()["requests_waiting"] == 1)
-        server.server.stop()
+        server.stop()
         runner.revive()
         thread.join(DEADLINE)
         assert results[0].json()["choices"][0]["text"] == continuation("abc", 5)

@@ -62,5 +62,5 @@ def test_who_does_not_read_holds_nobody_and_misses_nothing() -> None:
 def test_who_never_reads_is_left_at_the_end() -> None:
     with running(FakeEngine().build, model=MODEL, drain_seconds=0.2) as server, unread_stream(server):
         server.wait_for("/stats", lambda response: response.json()["steps"] > LENGTH)
-        server.server.stop()
+        server.stop()
         assert server.wait_ended() == 0
