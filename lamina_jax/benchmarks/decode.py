@@ -49,6 +49,18 @@ GOALS: dict[tuple[str, str], dict[int, float]] = {
 """By context: the least that one column should be of another, of `GOAL_MODEL` at `GOAL_BATCHES`."""
 
 GOAL_MODEL = RANDOM_QWEN3, "bfloat16"
+CHOICES: dict[str, dict[str, Any]] = {
+    SPLIT: COLUMNS[SPLIT],
+    **{
+        f"microbatches {n}, overlap {overlap}": {**COLUMNS[SPLIT], "microbatches": n, "overlap": overlap}
+        for n, overlap in product((1, 2), ("off", "on"))
+    },
+}
+"""What "auto" chooses among, beside what it chooses."""
+
+GOAL_OF_THE_BEST = 0.97
+"""The least that "auto" should be of the best of its choices."""
+
 GOAL_BATCHES = 8, 32
 MEMORY_SHARE = 0.6
 
@@ -85,6 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[RANDOM_QWEN3],
         help=f"folders, or 'bundled' (default {RANDOM_QWEN3}: random weights of that shape)",
     )
+    parser.add_argument(
+        "--choices",
+        action="store_true",
+        help="instead: the defaults, beside all that they choose among",
+    )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
     add_reference_python(parser)
 
@@ -94,14 +111,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
     if args.quick:
         batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
-    reference = reference_python(args.reference_python)
-    if reference is None:
+    engines = CHOICES if args.choices else {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
+    reference = None if args.choices else reference_python(args.reference_python)
+    if reference is None and not args.choices:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
-            comparison = Comparison(folder, dtype, args.settings, reference)
+            comparison = Comparison(folder, dtype, engines, reference)
             for cell, timings in comparison.measure(cells, args.rounds, seconds):
                 rows = table_rows(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
@@ -118,16 +136,15 @@ class Comparison:
     Args:
         model: a folder, or "bundled".
         dtype: of weights and cache.
-        settings: more of the disaggregated column.
+        engines: the settings of each column that is an engine of ours.
         reference: a Python that has torch and transformers; None: no such column.
     """
 
-    def __init__(self, model: str, dtype: str, settings: dict[str, Any], reference: str | None) -> None:
+    def __init__(
+        self, model: str, dtype: str, engines: Mapping[str, dict[str, Any]], reference: str | None
+    ) -> None:
         self._folder, self._dtype = find_model(model), dtype
-        self._engines = {
-            name: {**own, **(settings if name == SPLIT else {})} for name, own in COLUMNS.items()
-        }
-        self._reference = reference
+        self._engines, self._reference = engines, reference
 
     @property
     def names(self) -> list[str]:
@@ -217,7 +234,7 @@ def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str
 
 def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of one cell as text."""
-    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]]
+    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]] or [SPLIT]
     header = ["", "tokens/s", "spread", "CPUs used", *(f"of {other}" for other in others)]
     return format_table(
         header,
@@ -237,9 +254,15 @@ def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
 def goals(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The goals of a cell, met or missed."""
     by_name = {row["column"]: row for row in rows}
+    if CHOICES.keys() == by_name.keys():
+        best = max((row for row in rows if row["column"] != SPLIT), key=lambda row: row["tokens_per_second"])
+        yield _goal(by_name[SPLIT], best["column"], GOAL_OF_THE_BEST)
     for (name, other), by_context in GOALS.items():
         goal = by_context.get(cell.context)
-        if goal is None or cell.batch not in GOAL_BATCHES or other not in by_name:
-            continue
-        ratio = by_name[name]["ratios"][other]
-        yield f"goal: {name} at least {goal} of {other}: {ratio:.2f} ({'met' if ratio >= goal else 'missed'})"
+        if goal is not None and cell.batch in GOAL_BATCHES and {name, other} <= by_name.keys():
+            yield _goal(by_name[name], other, goal)
+
+
+def _goal(row: Mapping[str, Any], other: str, goal: float) -> str:
+    ratio, name = row["ratios"][other], row["column"]
+    return f"goal: {name} at least {goal} of {other}: {ratio:.2f} ({'met' if ratio >= goal else 'missed'})"
