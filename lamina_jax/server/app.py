@@ -175,7 +175,7 @@ async def _in_thread(
     try:
         async with asyncio.timeout_at(service.deadline(request.state.record)):
             with _at_fault(body):
-                return await asyncio.to_thread(function, *args, **kwargs)
+                return await _unless_gone(request, asyncio.to_thread(function, *args, **kwargs))
     except TimeoutError:
         raise service.late() from None
 

@@ -214,24 +214,37 @@ def test_a_request_has_a_deadline(stream: bool) -> None:
 
 
 class SlowTokenizer(Tokenizer):
-    """Takes its time for a text."""
+    """Takes its time for a text, and counts them."""
+
+    texts = 0
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        self.texts += 1
         time.sleep(0.5)
         return super().encode(text, special_tokens=special_tokens)
 
 
-def test_the_time_that_texts_take_counts_and_the_end_does_not_wait_for_them() -> None:
+@pytest.fixture
+def slow() -> SlowTokenizer:
+    return SlowTokenizer(tokenizer().inner)
+
+
+def test_a_client_that_leaves_has_no_more_texts_tokenised(slow: SlowTokenizer) -> None:
+    with running(FakeEngine().build, load_tokenizer=lambda: slow) as server:
+        url = server.client.base_url.join("/v1/completions")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={"model": "fake", "prompt": ["a"] * 40}, timeout=0.3)
+        time.sleep(0.7)
+        assert slow.texts < 3
+
+
+def test_the_time_that_texts_take_counts_and_the_end_does_not_wait_for_them(slow: SlowTokenizer) -> None:
     started = time.monotonic()
-    with running(FakeEngine().build, request_seconds=0.3, load_tokenizer=slow_tokenizer) as server:
+    with running(FakeEngine().build, request_seconds=0.3, load_tokenizer=lambda: slow) as server:
         response = server.complete(["abc"] * 40)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
     assert time.monotonic() - started < 10
-
-
-def slow_tokenizer() -> Tokenizer:
-    return SlowTokenizer(tokenizer().inner)
 
 
 def test_the_engine_sleeps_when_it_has_nothing_to_do(fake: Running) -> None:
