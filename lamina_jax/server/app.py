@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from msgspec.json import encode
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -148,21 +148,22 @@ async def _generate(
     max_model_len = service.require_ready()["max_model_len"]
     with _at_fault(body):
         sampling = body.sampling(max_model_len)
-    encode = partial(
+    tokenise = partial(
         encode_prompt,
         service.tokenizer,
         max_model_len=max_model_len,
         special_tokens=body.special_tokens,
         echo=echo,
     )
-    prompts = [await _in_thread(request, body, encode, prompt) for prompt in given]
+    prompts = [await _in_thread(request, body, tokenise, prompt) for prompt in given]
     call = service.open(body.ID_PREFIX, prompts, sampling, request.state.record, param_of=body.param_of)
     with ExitStack() as owned:
         owned.callback(service.close, call)
         answer = kind(call.id, body, prompts)
         await _unless_gone(request, call.accepted())
         if not body.stream:
-            return JSONResponse(await _unless_gone(request, _whole(call, answer)))
+            whole = encode(await _unless_gone(request, _whole(call, answer)))
+            return Response(whole, media_type="application/json")
         owned.pop_all()  # from here on the call is the stream's
     return _EventStream(service, call, answer)
 
@@ -210,7 +211,7 @@ class _EventStream(StreamingResponse):
             self._service.close(self._call)
 
 
-async def _events(call: Call, answer: Answer) -> AsyncIterator[str]:
+async def _events(call: Call, answer: Answer) -> AsyncIterator[bytes]:
     try:
         async for prompt, news in call.news():
             for chunk in answer.chunks(prompt, news):
@@ -220,11 +221,11 @@ async def _events(call: Call, answer: Answer) -> AsyncIterator[str]:
         return
     if (usage := answer.last_chunk()) is not None:
         yield _event(usage)
-    yield "data: [DONE]\n\n"
+    yield b"data: [DONE]\n\n"
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % encode(body)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
