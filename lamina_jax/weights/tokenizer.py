@@ -14,6 +14,9 @@ from lamina_jax.weights.chat_template import ChatTemplate, load_chat_template
 
 FILE = "tokenizer.json"
 
+MOST_PENDING = 64
+"""Tokens without a whole character after which there will be none; all of them are read at each new one."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer. Special tokens are written as its file says, and left out when read.
@@ -92,7 +95,7 @@ class Detokenizer:
         except Exception:  # raised, bare, where invalid bytes change the reading of those before them
             return self.flush()
         if not piece:
-            return ""
+            return self.flush() if len(self._pending) == MOST_PENDING else ""
         self._pending.clear()
         return piece
 

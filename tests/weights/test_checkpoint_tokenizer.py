@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.tokenizer import Detokenizer, Tokenizer, load_tokenizer, texts_of_tokens
+from lamina_jax.weights.tokenizer import (
+    MOST_PENDING,
+    Detokenizer,
+    Tokenizer,
+    load_tokenizer,
+    texts_of_tokens,
+)
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -131,6 +137,14 @@ def test_random_tokens_never_raise(tokenizer: Tokenizer, data: st.DataObject) ->
     """An untrained model writes bytes that are no UTF-8, and ids that the tokenizer does not know."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
     assert all(isinstance(piece, str) for piece in pieces(tokenizer, ids))
+
+
+@EACH
+def test_bytes_that_are_no_text_are_not_kept_for_ever(tokenizer: Tokenizer) -> None:
+    *_, last = tokenizer.encode("🎊")  # ends a character that never begins
+    parts = pieces(tokenizer, [last] * 1000)
+    assert "".join(parts) == tokenizer.decode([last] * 1000)
+    assert sum(map(bool, parts)) == 1 + 1000 // MOST_PENDING
 
 
 def test_no_tokenizer_is_none_and_a_broken_one_an_error(tmp_path: Path) -> None:
