@@ -13,7 +13,6 @@ from lamina_jax.server.messages import Died, Event, Message, Stop
 LAST_SECONDS = 1.0
 """Between the end of an engine's socket and the end of its process."""
 
-
 LOOK_SECONDS = 0.02
 """Between two looks at whether it has ended."""
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from lamina_jax.core import QueueFull, Request
+from lamina_jax.core import QueueFull
 from lamina_jax.engine.engine import Engine
 from lamina_jax.server import messages
 from lamina_jax.server.frames import MESSAGES, FrameError, pack, receive
@@ -23,7 +23,6 @@ LISTENER_SECONDS = 1.0
 """What the thread that listens may take to end once the socket is shut down."""
 
 log = logging.getLogger(__name__)
-
 
 Build = Callable[[Callable[[str, int, int], None]], Engine]
 """`build(report)` makes the engine, and calls `report(phase, done, total)` on the way."""
@@ -139,11 +138,7 @@ class EngineLoop:
 
     def _submit(self, engine: Engine, call: messages.Submit) -> None:
         requests = [
-            Request(
-                request_id=request_id(call.call_id, index),
-                prompt_token_ids=tuple(prompt),
-                sampling=call.sampling,
-            )
+            engine.request(request_id(call.call_id, index), prompt, call.sampling)
             for index, prompt in enumerate(call.prompts)
         ]
         try:
