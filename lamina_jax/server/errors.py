@@ -41,8 +41,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        super().__init__(status, printable(message), headers)
+        self.param, self.code = param and printable(param), code
 
     @property
     def body(self) -> dict[str, Any]:
@@ -70,9 +70,11 @@ def _invalid(found: dict[str, Any]) -> ApiError:
     """From what pydantic found first."""
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
-    param = _path((*found["loc"][1:], found.get("ctx", {}).get("param")))
-    if not param:
+    places = *found["loc"][1:], found.get("ctx", {}).get("param")
+    named = [str(place) for place in places if place not in (None, "[key]")]  # pydantic's mark for a key
+    if not named:
         return ApiError(400, "the body must be a JSON object, sent with 'content-type: application/json'")
+    param = ".".join(named)
     match found["type"]:
         case "missing":
             message = f"the field {param!r} is missing"
@@ -83,6 +85,6 @@ def _invalid(found: dict[str, Any]) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def _path(places: tuple[int | str | None, ...]) -> str:
-    """Where in the body, without pydantic's mark for the key of an entry."""
-    return ".".join(str(place) for place in places if place not in (None, "[key]"))
+def printable(text: str) -> str:
+    """What a client has written may hold half of a surrogate pair, which cannot be sent back as it is."""
+    return text.encode(errors="backslashreplace").decode()

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lamina_jax.core import MAX_LOGIT_BIAS, SamplingParams
+from lamina_jax.server.errors import printable
 from lamina_jax.server.prompts import TextOrIds
 from lamina_jax.server.refused_fields import (
     REFUSED_IN_CHAT,
@@ -71,7 +72,7 @@ class _Body(BaseModel):
     def _known(cls, body: Any) -> Any:
         for name in body if isinstance(body, dict) else ():
             if name not in cls.model_fields:
-                raise refusal(name, f"unknown field {name!r}: leave it out")
+                raise refusal(printable(name), f"unknown field {name!r}: leave it out")
         return body
 
 

@@ -296,6 +296,18 @@ def test_an_unknown_model(fake: Running) -> None:
     assert "'fake'" in error["message"]
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize(
+    "field", ['"\\ud800": 1', '"": 1', '"stream": true, "stream_options": {"\\ud800": 1}']
+)
+def test_a_field_whose_name_is_no_text(fake: Running, path: str, field: str) -> None:
+    body = '{"model": "fake", "prompt": "a", ' + field + "}"
+    response = fake.client.post(
+        f"/v1/{path}", content=body.encode(), headers={"content-type": "application/json"}
+    )
+    assert "unknown field" in error_of(response, 400)["message"]
+
+
 @pytest.mark.parametrize("content", [b"{", b"", b"3", b"[]", b"null", b'"a"', b"\xff", b"[" * 100_000])
 def test_a_body_that_is_no_object(fake: Running, content: bytes) -> None:
     headers = {"content-type": "application/json"}
