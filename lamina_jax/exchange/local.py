@@ -82,27 +82,25 @@ class LocalStep:
         self._returned: dict[int, list[jax.Array]] = {}
 
     def send_query(self, layer: int, q: Arrays) -> None:
-        self._returned[layer] = [
-            answer
-            for target, sent in self._sent(q)
-            for answer in self._back(target, target.shard.attend(layer, target.bucket, target.meta, sent))
-        ]
+        self._ask(AttentionShard.attend, layer, q)
 
     def send_kv(self, layer: int, kv: Arrays) -> None:
         for target, sent in self._sent(kv, kv_alone=True):
             target.shard.append(layer, target.bucket, target.meta, sent)
 
     def send_all(self, layer: int, qkv: Arrays) -> None:
-        self._returned[layer] = [
-            answer
-            for target, sent in self._sent(qkv)
-            for answer in self._back(
-                target, target.shard.append_and_attend(layer, target.bucket, target.meta, sent)
-            )
-        ]
+        self._ask(AttentionShard.append_and_attend, layer, qkv)
 
     def receive(self, layer: int) -> tuple[Any, ...]:
         return arrays_of(self._returned.pop(layer), self._exchange.table, self._exchange.joined)
+
+    def _ask(self, compute: Callable[..., Arrays], layer: int, arrays: Arrays) -> None:
+        """Send what a layer's answers are computed from, and queue them and their way back."""
+        self._returned[layer] = [
+            answer
+            for target, sent in self._sent(arrays)
+            for answer in self._back(target, compute(target.shard, layer, target.bucket, target.meta, sent))
+        ]
 
     def _sent(self, arrays: Arrays, *, kv_alone: bool = False) -> Iterator[tuple[_Target, Arrays]]:
         """Every target with its messages, on its device."""

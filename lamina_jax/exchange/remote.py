@@ -21,7 +21,7 @@ from lamina_jax.exchange.base import WireCount
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
-from lamina_jax.exchange.sender import Outgoing, Sender, TimedOutgoing
+from lamina_jax.exchange.sender import Outgoing, Sender
 from lamina_jax.exchange.timings import Stamps, Timings
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_dtype
@@ -70,11 +70,8 @@ class Worker:
         self, header: Header, arrays: Sequence[jax.Array | np.ndarray], tokens: np.ndarray | None
     ) -> Outgoing:
         """What is to be sent to it of a layer; see `Outgoing`."""
-        if self.stamps is None:
-            return Outgoing(self.channel, header, arrays, tokens)
-        return TimedOutgoing(
-            self.channel, header, arrays, tokens, stamps=self.stamps, given_ns=monotonic_ns()
-        )
+        given_ns = 0 if self.stamps is None else monotonic_ns()
+        return Outgoing(self.channel, header, arrays, tokens, self.stamps, given_ns)
 
     def begin(self, microbatch: int) -> None:
         """A step of a microbatch begins: nobody comes for answers of the one before."""

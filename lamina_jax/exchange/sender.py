@@ -28,12 +28,16 @@ class Outgoing:
     Attributes:
         arrays: of the compute mesh, or of the host; their bytes in turn are the payload.
         tokens: where only some of the tokens of [B, Q, heads, H] are sent, their flat indices.
+        stamps: of its worker, where its times are noted; None: they are not.
+        given_ns: when it was given to the sender, where its times are noted.
     """
 
     channel: Channel
     header: Header
     arrays: Sequence[jax.Array | np.ndarray]
     tokens: np.ndarray | None = None
+    stamps: Stamps | None = None
+    given_ns: int = 0
 
     @property
     def ready(self) -> bool:
@@ -51,35 +55,13 @@ class Outgoing:
 
     def send(self) -> None:
         """Wait for the arrays and send them. Raises `ChannelClosed`."""
-        self._send(self._buffers())
-
-    def _buffers(self) -> list[np.ndarray]:
-        """The payload, once the arrays have been computed."""
-        return [_bytes(np.asarray(array), self.tokens) for array in self.arrays]
-
-    def _send(self, buffers: list[np.ndarray]) -> None:
+        computed = self.stamps is not None and self.ready
+        buffers = [_bytes(np.asarray(array), self.tokens) for array in self.arrays]
+        ready_ns = self.given_ns if computed else monotonic_ns()
         length = sum([buffer.nbytes for buffer in buffers])
         self.channel.send(self.header._replace(length=length), buffers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimedOutgoing(Outgoing):
-    """A frame that notes when its arrays had been computed, and when it had been sent.
-
-    Attributes:
-        stamps: of its worker.
-        given_ns: when it was given to the sender.
-    """
-
-    stamps: Stamps
-    given_ns: int
-
-    def send(self) -> None:
-        computed = self.ready
-        buffers = self._buffers()
-        ready_ns = self.given_ns if computed else monotonic_ns()
-        self._send(buffers)
-        self.stamps.sent(self.header, ready_ns)
+        if self.stamps is not None:
+            self.stamps.sent(self.header, ready_ns)
 
 
 class Sender:
