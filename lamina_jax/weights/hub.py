@@ -1,12 +1,10 @@
 """A model's name to its folder: bundled, a path, or where Hugging Face's tools keep a download. No jax here.
 
-Nothing is fetched. Their cache is `models--org--name/` with `refs/main`, which holds a revision, and
-`snapshots/<revision>/`, which is an ordinary model folder.
+Nothing is fetched.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -14,7 +12,6 @@ from pathlib import Path
 from lamina_jax.config import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-REVISION = re.compile(r"[0-9a-f]{40}")
 
 
 def find_model(name: str) -> Path:
@@ -39,22 +36,17 @@ def find_snapshot(hub_id: str) -> Path:
     Raises:
         CheckpointError: it is not in the cache, or not whole; says how to download it.
     """
-    cached = cache_folder() / f"models--{hub_id.replace('/', '--')}"
+    # Only now: it takes a while, and few models have such a name.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     try:
-        revision = (cached / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        raise _not_there(hub_id, f"nor a download of it in {cache_folder()}") from None
-    snapshot = cached / "snapshots" / revision
-    if not REVISION.fullmatch(revision) or not (snapshot / "config.json").is_file():
-        raise _not_there(hub_id, f"and its download in {cached} is not whole")
-    return snapshot
-
-
-def cache_folder() -> Path:
-    """Where Hugging Face's tools keep downloads, by the environment variables that they obey."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")).expanduser()
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise _not_there(hub_id, f"nor a download of it in {constants.HF_HUB_CACHE}") from None
+    if not (folder / "config.json").is_file():
+        raise _not_there(hub_id, f"and its download in {folder} is not whole")
+    return folder
 
 
 def _not_there(hub_id: str, where: str) -> CheckpointError:

@@ -18,14 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress
 
 from lamina_jax.models.hf_config import CheckpointError
 from lamina_jax.weights.safetensors import StoredTensor, find_tensors, opened
@@ -195,11 +188,8 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
 
 def _progress_bar(wanted: bool) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        *Progress.get_default_columns(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
         console=Console(stderr=True),
         disable=not (wanted and sys.stderr.isatty()),
     )

@@ -6,26 +6,27 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.hub import cache_folder, find_model
+from lamina_jax.weights.hub import find_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
-def download(hub: Path, hub_id: str = "org/Some-Model.1", revision: str = REVISION) -> Path:
+def download(hub: Path, hub_id: str = "org/Some-Model.1") -> Path:
     """A model as `hf download` leaves it: files are links to blobs."""
     folder = hub / f"models--{hub_id.replace('/', '--')}"
-    snapshot = folder / "snapshots" / revision
+    snapshot = folder / "snapshots" / REVISION
     for made in (folder / "refs", folder / "blobs", snapshot):
         made.mkdir(parents=True)
-    (folder / "refs" / "main").write_text(revision)
+    (folder / "refs" / "main").write_text(REVISION)
     (folder / "blobs" / "aa").write_text(json.dumps({}))
     (snapshot / "config.json").symlink_to("../../blobs/aa")
     return snapshot
@@ -55,14 +56,8 @@ def test_what_is_not_there_is_refused_with_the_command(hub: Path) -> None:
     assert "`hf download org/other`" in message
 
 
-@pytest.mark.parametrize("damage", ["config.json", "revision", "escape"])
-def test_a_broken_download_is_refused(hub: Path, damage: str) -> None:
-    snapshot = download(hub)
-    if damage == "config.json":
-        (snapshot / "config.json").unlink()
-    else:
-        other = {"revision": REVISION[::-1], "escape": "../snapshots/" + REVISION}[damage]
-        (snapshot.parent.parent / "refs" / "main").write_text(other)
+def test_a_broken_download_is_refused(hub: Path) -> None:
+    (download(hub) / "config.json").unlink()
     assert "is not whole" in refused("org/Some-Model.1")
     assert "`hf download org/Some-Model.1`" in refused("org/Some-Model.1")
 
@@ -71,23 +66,3 @@ def test_a_broken_download_is_refused(hub: Path, damage: str) -> None:
 def test_what_is_no_hub_id_is_a_folder_that_is_missing(hub: Path, name: str) -> None:
     assert f"there is no model folder {name!r}" in refused(name)
     assert "hf download" not in refused(name)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"HF_HUB_CACHE": "/a/b", "HF_HOME": "/c"}, "/a/b"),
-        ({"HF_HOME": "/c", "XDG_CACHE_HOME": "/x"}, "/c/hub"),
-        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
-        ({"HOME": "/h"}, "/h/.cache/huggingface/hub"),
-        ({"HOME": "/h", "HF_HUB_CACHE": "~/hub"}, "/h/hub"),
-    ],
-)
-def test_the_cache_is_where_hugging_face_has_it(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
-) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cache_folder() == Path(expected)
