@@ -12,14 +12,13 @@ import argparse
 import math
 import os
 import statistics
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
+from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.tcp_proxy import Proxy
@@ -51,10 +50,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     plot = _plotter() if args.plot else None
     rounds, factors = (3, (0.5, 1.0, 2.0)) if args.quick else (args.rounds, FACTORS)
     with ExitStack() as ends:
-        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-"))
-        model = random_checkpoint(COMPUTE_BOUND, Path(folder, "model"))
         longest = whole_pages(args.context)
-        bench = ends.enter_context(Bench(model, Path(folder), batch=args.batch, longest=longest))
+        bench = ends.enter_context(Bench(COMPUTE_BOUND, batch=args.batch, longest=longest))
         for way, settings in WAYS.items():
             bench.split(way, settings, partial(_through, rate=UNTHROTTLED, ends=ends))
         free = time_in_turn(bench.columns, rounds, args.seconds, context=args.context)

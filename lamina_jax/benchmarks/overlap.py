@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from lamina_jax.benchmarks import overlap_gain
-from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
+from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import Column, summary, time_in_turn
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.two_cores import Bench, balanced_context, whole_pages, xla_threads
@@ -49,22 +47,20 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds = 5 if args.quick else args.rounds
     if args.overlap_gain:
         return overlap_gain.run(args.batch, rounds, args.seconds)
-    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
-        model = random_checkpoint(COMPUTE_BOUND, Path(folder, "model"))
-        with Bench(model, Path(folder), batch=args.batch, longest=LONGEST) as bench:
-            for name, settings in SPLIT.items():
-                worker = bench.split(name, settings)
-            bench.collocated(f"{COLLOCATED}, 1 device", compute_devices="cpu:0")
-            bench.collocated(f"{COLLOCATED}, 2 devices", compute_devices="cpu:0-1")
-            engine = bench.columns[len(SPLIT) - 1]
-            threads = xla_threads(engine.process), xla_threads(worker.process)
-            print(f"threads of XLA: {threads[0]} in the engine, {threads[1]} in the worker")
-            balanced = balanced_context(engine, LONGEST)
-            contexts = [balanced] if args.quick else _around(balanced)
-            results = [_measure(bench, rounds, args.seconds, context) for context in contexts]
-            print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
-            _print(results, balanced, args.batch, rounds)
-            results += [_hop(engine, batch, balanced) for batch in (*HOP_BATCHES, args.batch)]
+    with Bench(COMPUTE_BOUND, batch=args.batch, longest=LONGEST) as bench:
+        for name, settings in SPLIT.items():
+            worker = bench.split(name, settings)
+        bench.collocated(f"{COLLOCATED}, 1 device", compute_devices="cpu:0")
+        bench.collocated(f"{COLLOCATED}, 2 devices", compute_devices="cpu:0-1")
+        engine = bench.columns[len(SPLIT) - 1]
+        threads = xla_threads(engine.process), xla_threads(worker.process)
+        print(f"threads of XLA: {threads[0]} in the engine, {threads[1]} in the worker")
+        balanced = balanced_context(engine, LONGEST)
+        contexts = [balanced] if args.quick else _around(balanced)
+        results = [_measure(bench, rounds, args.seconds, context) for context in contexts]
+        print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
+        _print(results, balanced, args.batch, rounds)
+        results += [_hop(engine, batch, balanced) for batch in (*HOP_BATCHES, args.batch)]
     return results
 
 

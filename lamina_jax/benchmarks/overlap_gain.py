@@ -5,12 +5,10 @@ head, one microbatch; as `lamina_jax.benchmarks.overlap` has it otherwise.
 from __future__ import annotations
 
 import statistics
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
+from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.two_cores import Bench, balanced_context
@@ -46,16 +44,14 @@ def _measure(G: int, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
     """On beside off, at the context at which attention takes as long as the layers."""
     shape = replace(COMPUTE_BOUND, num_kv_heads=COMPUTE_BOUND.num_heads // G)
     longest = KV_PER_ROW // shape.num_kv_heads
-    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
-        model = random_checkpoint(shape, Path(folder, "model"))
-        with Bench(model, Path(folder), batch=batch, longest=longest) as bench:
-            for overlap in ("off", "on"):
-                bench.split(f"G = {G}, overlap {overlap}", {"microbatches": 1, "overlap": overlap})
-            context = balanced_context(bench.columns[0], longest)
-            off, on = (
-                [taken["tokens_per_second"] for taken in timings]
-                for timings in time_in_turn(bench.columns, rounds, seconds, context=context)
-            )
+    with Bench(shape, batch=batch, longest=longest) as bench:
+        for overlap in ("off", "on"):
+            bench.split(f"G = {G}, overlap {overlap}", {"microbatches": 1, "overlap": overlap})
+        context = balanced_context(bench.columns[0], longest)
+        off, on = (
+            [taken["tokens_per_second"] for taken in timings]
+            for timings in time_in_turn(bench.columns, rounds, seconds, context=context)
+        )
     gains = [b / a - 1 for a, b in zip(off, on, strict=True)]
     lower, gain, upper = statistics.quantiles(gains, n=4)
     speeds = {"off": statistics.median(off), "on": statistics.median(on)}

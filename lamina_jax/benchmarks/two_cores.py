@@ -14,9 +14,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.columns import Column, engine_command, pinned, with_cache
+from lamina_jax.models import ModelConfig
 
 ENGINE_CORE, WORKER_CORE, BOTH_CORES = "0", "1", "0-1"
 PAGE_SIZE = 64
@@ -55,19 +58,20 @@ class PinnedWorker:
 
 
 class Bench:
-    """Columns of one model, each ready when it is made; a context manager that ends them all.
+    """Columns of random weights, each ready when it is made; a context manager that ends them all.
 
     Args:
-        model: the checkpoint's folder.
-        scratch: for compiled programs, which like columns share.
+        shape: of the model.
         batch, longest: most requests, and most cached tokens of each, that a column is asked for.
     """
 
-    def __init__(self, model: Path, scratch: Path, *, batch: int, longest: int) -> None:
-        self._cache, self._ends = scratch / "compiled", ExitStack()
+    def __init__(self, shape: ModelConfig, *, batch: int, longest: int) -> None:
+        self._ends = ExitStack()
+        scratch = Path(self._ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
+        self._cache = scratch / "compiled"  # which like columns share
         self.columns: list[Column] = []
         self._common = {
-            "model": str(model),
+            "model": str(random_checkpoint(shape, scratch / "model")),
             "batch": batch,
             "context": PAGE_SIZE,
             "max_num_seqs": batch,
