@@ -269,6 +269,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def indices(text: str) -> list[int]:
+    """The numbers that a text such as "0-3,5" names.
+
+    Raises:
+        ValueError: a text of another form, or one that names none, or one twice.
+    """
+    numbers: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError("expected numbers and ranges, such as 0 or 0-3 or 0,2-3")
+        numbers.extend(range(int(first), int(last if dash else first) + 1))
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError("expected at least one number, and none twice")
+    return numbers
+
+
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 
 from lamina_jax.compilation import num_cores
-from lamina_jax.config import ConfigError
+from lamina_jax.config import ConfigError, indices
 
 log = logging.getLogger(__name__)
 
@@ -118,27 +118,20 @@ def _parse(key: str, choice: str) -> tuple[jax.Device, ...]:
         raise ConfigError(
             f"{key}={choice!r}: this machine has no {platform!r} devices; it has {_summary(jax.devices())}"
         ) from None
-    indices = _indices(key, choice, rest) if rest else range(len(devices))
-    missing = [i for i in indices if i >= len(devices)]
+    named = _indices(key, choice, rest) if rest else range(len(devices))
+    missing = [i for i in named if i >= len(devices)]
     if missing:
         raise ConfigError(
             f"{key}={choice!r}: there is no {platform}:{missing[0]}; there are {_summary(devices)}"
         )
-    return tuple(devices[i] for i in indices)
+    return tuple(devices[i] for i in named)
 
 
 def _indices(key: str, choice: str, text: str) -> list[int]:
-    indices: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(
-                f"{key}={choice!r}: expected 'platform:indices' such as 'cpu:0', 'gpu:0,1', 'tpu:0-3'"
-            )
-        indices.extend(range(int(first), int(last if dash else first) + 1))
-    if len(set(indices)) != len(indices) or not indices:
-        raise ConfigError(f"{key}={choice!r}: names no device, or one twice")
-    return indices
+    try:
+        return indices(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}={choice!r}: {error}") from None
 
 
 def _summary(devices: list[jax.Device]) -> str:

@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, *, positional
     for field in fields(config_class):
         if is_dataclass(hints[field.name]) or _flag(field.name) in parser._option_string_actions:
             continue
-        kind = _without_none(hints[field.name])
+        kind = without_none(hints[field.name])
         settings: dict[str, Any] = {"default": field.default, "help": _help(texts[field.name], field.default)}
         if kind is bool:
             settings["action"] = "store_true"
@@ -76,7 +76,7 @@ def _help(text: str, default: object) -> str:
     return text if default is None or isinstance(default, bool) else f"{text} (default: {default})"
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """T of `T | None`; other types as they are."""
     members = [member for member in get_args(hint) if member is not NoneType]
     return members[0] if NoneType in get_args(hint) and len(members) == 1 else hint

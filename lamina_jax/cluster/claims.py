@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lamina_jax.cluster.processes import Cluster, EngineProcess, WorkerProcess
-from lamina_jax.config import ConfigError, is_loopback
+from lamina_jax.config import ConfigError, indices, is_loopback
 
 
 def check_claims(cluster: Cluster) -> None:
@@ -30,23 +30,6 @@ def check_claims(cluster: Cluster) -> None:
                 raise ConfigError(
                     f"{cluster.file}: {key}: {claimed} of {machine} is {owner} already: choose another"
                 )
-
-
-def indices(text: str) -> list[int]:
-    """The numbers that a text such as "0-3,5" names.
-
-    Raises:
-        ValueError: a text of another form, or one that names none, or one twice.
-    """
-    numbers: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise ValueError("expected numbers and ranges, such as 0 or 0-3 or 0,2-3")
-        numbers.extend(range(int(first), int(last if dash else first) + 1))
-    if not numbers or len(set(numbers)) != len(numbers):
-        raise ValueError("expected at least one number, and none twice")
-    return numbers
 
 
 def device_names(choice: str) -> list[str]:

@@ -12,8 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from lamina_jax.cluster.claims import indices
-from lamina_jax.config import ConfigError
+from lamina_jax.config import ConfigError, indices
 
 PR_SET_PDEATHSIG = 1
 

@@ -9,10 +9,10 @@ import tomllib
 from collections.abc import Mapping, Set
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lamina_jax.config import ConfigError
+from lamina_jax.flags import without_none
 
 Config = TypeVar("Config")
 
@@ -77,7 +77,7 @@ class Table:
             raise self.error(key, f"not here: {elsewhere[key]}")
         self.only(*(name for name in hints if name not in elsewhere))
         for key in sorted(needed - self.values.keys() - given.keys()):
-            raise self.error(key, f"missing: expected {_expected(_without_none(hints[key]))}")
+            raise self.error(key, f"missing: expected {_expected(without_none(hints[key]))}")
         values = {key: self._typed(key, hints[key]) for key in self.values if key not in given}
         try:
             return config_class(**values, **given)
@@ -98,7 +98,7 @@ class Table:
         return value
 
     def _typed(self, key: str, hint: Any) -> Any:
-        value, kind = self.values[key], _without_none(hint)
+        value, kind = self.values[key], without_none(hint)
         if kind is float and type(value) is int:
             return float(value)
         if get_origin(kind) is dict:
@@ -135,12 +135,6 @@ def required(config_class: type) -> set[str]:
     """The fields of a dataclass that have no default."""
     missing = (MISSING, MISSING)
     return {field.name for field in fields(config_class) if (field.default, field.default_factory) == missing}
-
-
-def _without_none(hint: Any) -> Any:
-    """T of `T | None`; other types as they are."""
-    members = [member for member in get_args(hint) if member is not NoneType]
-    return members[0] if NoneType in get_args(hint) else hint
 
 
 def _expected(kind: Any) -> str:

@@ -133,7 +133,7 @@ def test_bfloat16_pages_hold_what_was_appended(tmp_path: Path, prompts: list[lis
         ({"memory_devices": "cpu:1-3"}, ["3 devices", "4 KV heads", "1, 2, 4"]),
         ({"memory_devices": "cpu:99"}, ["memory_devices", "cpu:99"]),
         ({"compute_devices": "tpu:0"}, ["compute_devices", "tpu"]),
-        ({"compute_devices": "cpu:x"}, ["compute_devices", "platform:indices"]),
+        ({"compute_devices": "cpu:x"}, ["compute_devices", "numbers and ranges"]),
         ({"max_model_len": 10_000}, ["max_model_len", "256"]),
         ({"num_pages": 0}, ["num_pages"]),
         ({"memory_fraction": 1e-9}, ["--memory-fraction=1e-09", "smaller model"]),
