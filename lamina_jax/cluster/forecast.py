@@ -17,7 +17,7 @@ from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.placement import TENSOR_AXES
 from lamina_jax.models import ModelConfig, Storage, build
-from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.geometry import CacheGeometry, geometry_of
 from lamina_jax.weights.loader import spec_of
 
 
@@ -60,11 +60,11 @@ def forecast(cluster: Cluster, shape: ModelConfig) -> Forecast:
         )
     except ConfigError as error:
         raise ConfigError(f"{cluster.file}: engine.settings: {error}") from None
-    geometry = _geometry(config, shape)
+    geometry = geometry_of(config, shape)
     shards = _count(config.compute_devices)
     rows = limits.microbatches * limits.decode_buckets[-1]
     return Forecast(
-        weight_bytes=weight_bytes(shape, _dtype(config.dtype, shape.dtype), shards),
+        weight_bytes=weight_bytes(shape, shape.dtype if config.dtype == "auto" else config.dtype, shards),
         compute_devices=shards,
         page_bytes=(geometry.share(workers) if config.partition == "heads" else geometry).bytes_per_page,
         full_pages=_full_pages(config, limits, workers),
@@ -134,20 +134,6 @@ def wire_bytes(geometry: CacheGeometry, rows: int, workers: int, *, by_token: bo
     return ((q + o + lse) * (workers if by_token else 1) + kv) * rows * geometry.num_layers
 
 
-def _geometry(config: EngineConfig, shape: ModelConfig) -> CacheGeometry:
-    activations = _dtype(config.dtype, shape.dtype)
-    return CacheGeometry(
-        num_layers=shape.num_layers,
-        num_pages=0,
-        page_size=config.page_size,
-        num_kv_heads=shape.num_kv_heads,
-        num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        dtype=_dtype(config.kv_dtype, activations),
-        wire_dtype=_dtype(config.wire_dtype, activations),
-    )
-
-
 def _share_silicon(cluster: Cluster) -> bool:
     """Whether all run on one machine's CPU, as far as the file says."""
     choices = [cluster.engine.settings.compute_devices, *(w.settings.devices for w in cluster.workers)]
@@ -158,10 +144,6 @@ def _share_silicon(cluster: Cluster) -> bool:
 def _count(devices: str | None) -> int:
     """How many devices a choice names; one where it is left open."""
     return len(device_names(devices)) if devices else 1
-
-
-def _dtype(chosen: str, automatic: str) -> str:
-    return automatic if chosen == "auto" else chosen
 
 
 def _full_pages(config: EngineConfig, limits: Limits, workers: int) -> int:

@@ -33,7 +33,7 @@ from lamina_jax.engine.warmup import measure_prefill
 from lamina_jax.memory import ACCELERATOR_FRACTION, default_fraction
 from lamina_jax.models import ModelConfig, Storage, as_function, build
 from lamina_jax.models.hf_config import read_config
-from lamina_jax.pool.geometry import CacheGeometry, HeadTable, head_table
+from lamina_jax.pool.geometry import CacheGeometry, HeadTable, geometry_of, head_table
 from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shard import CachedPart
 from lamina_jax.slicing import Sliced, slice_at_attention
@@ -99,16 +99,7 @@ def build_engine(
     fn, params = as_function(model)
     sliced = slice_at_attention(fn, params, *step_shapes((SMALLEST_BATCH, 2)))
     log.debug("%s", sliced.explain())
-    geometry = CacheGeometry(
-        num_layers=shape.num_layers,
-        num_pages=config.num_pages or wanted_pages(limits),
-        page_size=config.page_size,
-        num_kv_heads=shape.num_kv_heads,
-        num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        dtype=str(storage.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
-        wire_dtype=str(storage.dtype) if config.wire_dtype == "auto" else config.wire_dtype,
-    )
+    geometry = geometry_of(config, shape, config.num_pages or wanted_pages(limits))
     sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
     assembly: Assembly
     if memory and table:

@@ -7,8 +7,12 @@ partitioned by KV head over the devices of the memory mesh (paper 5).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from lamina_jax.config import ConfigError
+from lamina_jax.config import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from lamina_jax.models import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,21 @@ class CacheGeometry:
     def share(self, workers: int) -> CacheGeometry:
         """The geometry of one of `workers` equal shares of the heads."""
         return replace(self, num_kv_heads=self.num_kv_heads // workers, num_heads=self.num_heads // workers)
+
+
+def geometry_of(config: EngineConfig, shape: ModelConfig, num_pages: int = 0) -> CacheGeometry:
+    """The whole cache of a model, its dtypes as they are configured."""
+    activations = shape.dtype if config.dtype == "auto" else config.dtype
+    return CacheGeometry(
+        num_layers=shape.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=shape.num_kv_heads,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        dtype=activations if config.kv_dtype == "auto" else config.kv_dtype,
+        wire_dtype=activations if config.wire_dtype == "auto" else config.wire_dtype,
+    )
 
 
 @dataclass(frozen=True)
