@@ -13,7 +13,8 @@ from flax import nnx
 
 from lamina_jax.cluster.claims import device_names, machine_of
 from lamina_jax.cluster.processes import Cluster
-from lamina_jax.config import ConfigError, EngineConfig
+from lamina_jax.config import ConfigError
+from lamina_jax.engine.budget import wanted_pages
 from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.placement import TENSOR_AXES
 from lamina_jax.models import ModelConfig, Storage, build
@@ -67,7 +68,7 @@ def forecast(cluster: Cluster, shape: ModelConfig) -> Forecast:
         weight_bytes=weight_bytes(shape, shape.dtype if config.dtype == "auto" else config.dtype, shards),
         compute_devices=shards,
         page_bytes=(geometry.share(workers) if config.partition == "heads" else geometry).bytes_per_page,
-        full_pages=_full_pages(config, limits, workers),
+        full_pages=wanted_pages(limits),
         num_pages=config.num_pages,
         limits=limits,
         rows=rows,
@@ -144,16 +145,6 @@ def _share_silicon(cluster: Cluster) -> bool:
 def _count(devices: str | None) -> int:
     """How many devices a choice names; one where it is left open."""
     return len(device_names(devices)) if devices else 1
-
-
-def _full_pages(config: EngineConfig, limits: Limits, workers: int) -> int:
-    match config.partition:
-        case "heads":
-            return config.max_num_seqs * limits.pages_per_request
-        case "requests":
-            return -(-config.max_num_seqs // workers) * limits.pages_per_request
-        case "tokens":
-            return config.max_num_seqs * -(-limits.pages_per_request // workers)
 
 
 def _divisors(number: int) -> str:
