@@ -125,9 +125,7 @@ class FakeRunner:
     def _shares(self, plan: MicrobatchPlan) -> list[list[_Share]]:
         """For each row, the workers that take part in it."""
         by_worker = [
-            self._rows_of(told, pool)
-            for told, pool in zip(self._partition.split(plan), self._pools, strict=True)
-            if told is not None
+            self._rows_of(told, self._pools[worker]) for worker, _, told in self._partition.split(plan)
         ]
         if self._partition.kind == "requests":
             return [[row] for rows in by_worker for row in rows]

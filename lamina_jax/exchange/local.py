@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lamina_jax.core import MicrobatchPlan
 from lamina_jax.exchange.base import WireCount
-from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
+from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.metadata import StepMetadata
 from lamina_jax.pool.partition import Partition
@@ -43,11 +43,8 @@ class LocalExchange:
         self.wire, self.programs_queued = WireCount(), 0
 
     def begin(self, plan: MicrobatchPlan) -> LocalStep:
-        told = self.partition.split(plan)
         targets = []
-        for part, segment in routes(self.partition, plan):
-            host = told[part]
-            assert host is not None, f"part {part} takes part in {plan.kind} and is told nothing"
+        for part, segment, host in self.partition.split(plan):
             bucket = host.positions.shape
             for worker in range(self.table.workers):
                 shard = self.shards[part * self.table.workers + worker]

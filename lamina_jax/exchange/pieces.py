@@ -13,21 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from lamina_jax.core import MicrobatchPlan
 from lamina_jax.pool.geometry import HeadTable
-from lamina_jax.pool.partition import Partition
 
 Arrays = tuple[jax.Array, ...]
-
-
-def routes(partition: Partition, plan: MicrobatchPlan) -> list[tuple[int, int]]:
-    """(part, segment): which part of the cache takes part in a microbatch, and which segment of its rows
-    it is sent; in the order in which the next slice takes the answers."""
-    if partition.kind != "requests":
-        return [(part, 0) for part in range(partition.workers)]
-    if plan.worker is not None:
-        return [(plan.worker, 0)]
-    return [(part, part) for part in range(partition.workers)]
 
 
 def messages_of(arrays: Arrays, table: HeadTable, segment: int = 0) -> Sequence[jax.Array]:

@@ -20,13 +20,12 @@ from lamina_jax.core import MicrobatchPlan, WorkerLost
 from lamina_jax.exchange.base import WireCount
 from lamina_jax.exchange.channel import Channel, ChannelClosed
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
-from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of, routes
+from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of
 from lamina_jax.exchange.sender import Outgoing, Sender
 from lamina_jax.exchange.timings import Stamps, Timings
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_dtype
-from lamina_jax.pool.metadata import StepMetadata
-from lamina_jax.pool.partition import Partition
+from lamina_jax.pool.partition import Partition, Told
 
 MOST_REASON_BYTES = 4096
 """Of the text in which a worker says why it gives up."""
@@ -165,21 +164,16 @@ class RemoteExchange:
         header = Header(Kind.BEGIN, 0, plan.microbatch, 0, self._steps)
         if self.timings is not None:
             self.timings.begin(header)
-        told = self.partition.split(plan)
-        return RemoteStep(self, header, list(self._targets(header, routes(self.partition, plan), told)))
+        return RemoteStep(self, header, list(self._targets(header, self.partition.split(plan))))
 
-    def _targets(
-        self, header: Header, routes: list[tuple[int, int]], told: Sequence[StepMetadata | None]
-    ) -> Iterator[_Target]:
+    def _targets(self, header: Header, parts: list[Told]) -> Iterator[_Target]:
         """Every worker that takes part, which is told its part of the step."""
-        for part, segment in routes:
-            metadata = told[part]
-            assert metadata is not None, f"part {part} takes part in a step and is told nothing"
-            rows, queries = metadata.positions.shape
-            tokens = None
+        for part, segment, told in parts:
+            rows, queries = told.positions.shape
+            tokens, metadata = None, told
             if self.partition.kind == "tokens":
-                tokens, slots = self._kept_tokens(metadata.slots)
-                metadata = metadata._replace(slots=slots)
+                tokens, slots = self._kept_tokens(told.slots)
+                metadata = told._replace(slots=slots)
             numbers = np.concatenate(
                 [np.array([rows, queries], np.int32), *[array.reshape(-1) for array in metadata]]
             )

@@ -7,7 +7,7 @@ worker. It knows nothing of requests, devices, messages or jax.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,15 @@ from lamina_jax.pool.metadata import StepMetadata, metadata_of
 
 PartitionKind = Literal["heads", "requests", "tokens"]
 """What is divided: the KV heads of every request, the requests, or the pages of each request."""
+
+
+class Told(NamedTuple):
+    """A worker that takes part in a microbatch: what it is told, and of which segment of the rows it is sent
+    messages."""
+
+    worker: int
+    segment: int
+    metadata: StepMetadata
 
 
 @dataclass(frozen=True)
@@ -46,22 +55,22 @@ class Partition:
         """The width of a worker's block tables, where a request has at most so many pages."""
         return -(-pages_per_request // self.workers) if self.kind == "tokens" else pages_per_request
 
-    def split(self, plan: MicrobatchPlan) -> list[StepMetadata | None]:
-        """What each worker is told of a microbatch of B rows; None: it takes no part in it.
+    def split(self, plan: MicrobatchPlan) -> list[Told]:
+        """Who takes part in a microbatch of B rows, in the order in which the next slice takes the answers.
 
-        By "heads" there is one entry, for all of them. By "requests" a worker is told of its own B / W
-        rows, or of all rows where `plan.worker` names it. By "tokens" each is told of all rows, with block
-        tables of `table_width` places.
+        By "heads" there is one entry, for all workers. By "requests" a worker is told of its own B / W
+        rows, a segment, or of all rows where `plan.worker` names it. By "tokens" each is told of all rows,
+        with block tables of `table_width` places.
         """
         if self.kind == "heads":
-            return [metadata_of(plan)]
+            return [Told(0, 0, metadata_of(plan))]
         if self.kind == "tokens":
-            return list(self._dealt(plan))
+            return [Told(worker, 0, metadata) for worker, metadata in enumerate(self._dealt(plan))]
         if plan.worker is not None:
-            alone = self._rows(plan, plan.worker, slice(None))
-            return [alone if worker == plan.worker else None for worker in range(self.workers)]
+            return [Told(plan.worker, 0, self._rows(plan, plan.worker, slice(None)))]
         share = plan.bucket[0] // self.workers
-        return [self._rows(plan, w, slice(w * share, (w + 1) * share)) for w in range(self.workers)]
+        segments = [slice(w * share, (w + 1) * share) for w in range(self.workers)]
+        return [Told(w, w, self._rows(plan, w, rows)) for w, rows in enumerate(segments)]
 
     def kept(self, slots: np.ndarray) -> np.ndarray:
         """Indices into the flat T of the tokens that a worker keeps, by its own slots int32[B, Q]."""

@@ -145,7 +145,7 @@ def wire(
 
 
 def kept_tokens(partition: Partition, batch: Any) -> list[int]:
-    return [len(partition.kept(told.slots)) for told in partition.split(batch) if told is not None]
+    return [len(partition.kept(told.slots)) for *_, told in partition.split(batch)]
 
 
 def check_sockets(llm: LLM) -> None:

@@ -77,8 +77,8 @@ def test_by_token_every_page_and_slot_is_told_to_its_owner_alone(data, workers, 
     plan = make_plan(pages, [context or 0 for context in contexts], width, table_width)
     partition = Partition("tokens", workers, NUM_PAGES, PAGE_SIZE)
     answers = partition.split(plan)
-    assert len(answers) == workers
-    for worker, told in enumerate(answers):
+    assert [answer[:2] for answer in answers] == [(worker, 0) for worker in range(workers)]
+    for worker, _, told in answers:
         check_dtypes(told)
         assert told.block_tables.shape == (3, partition.table_width(table_width))
         kept = []
@@ -107,7 +107,9 @@ def test_by_request_each_worker_is_told_of_its_segment(data, workers, rows, tabl
     plan = make_plan(pages, [context or 0 for context in contexts], 1, table_width)
     partition = Partition("requests", workers, NUM_PAGES, PAGE_SIZE)
     assert partition.table_width(table_width) == table_width
-    for worker, told in enumerate(partition.split(plan)):
+    answers = partition.split(plan)
+    assert [answer[:2] for answer in answers] == [(worker, worker) for worker in range(workers)]
+    for worker, _, told in answers:
         check_dtypes(told)
         assert len(told.slots) == rows
         for row, global_row in enumerate(range(worker * rows, (worker + 1) * rows)):
@@ -125,9 +127,8 @@ def test_by_request_a_prompt_is_told_to_its_worker_alone(worker):
     first = worker * NUM_PAGES
     plan = make_plan([[first + 3, first + 1], []], [2, 0], 3, 4, worker=worker)
     partition = Partition("requests", 3, NUM_PAGES, PAGE_SIZE)
-    answers = partition.split(plan)
-    assert [told is not None for told in answers] == [w == worker for w in range(3)]
-    told = answers[worker]
+    ((taker, segment, told),) = partition.split(plan)
+    assert (taker, segment) == (worker, 0)
     assert told.block_tables.tolist() == [[3, 1, 0, 0], [0, 0, 0, 0]]
     assert told.slots.tolist() == [[14, 15, 4], [80, 80, 80]]
     assert partition.kept(told.slots).tolist() == [0, 1, 2]
@@ -135,6 +136,7 @@ def test_by_request_a_prompt_is_told_to_its_worker_alone(worker):
 
 def test_by_head_all_workers_are_told_the_same():
     plan = make_plan([[5, 2]], [6], 1, 3)
-    (told,) = Partition("heads", 1, NUM_PAGES, PAGE_SIZE).split(plan)
+    ((worker, segment, told),) = Partition("heads", 1, NUM_PAGES, PAGE_SIZE).split(plan)
+    assert (worker, segment) == (0, 0)
     assert told.block_tables is plan.block_tables
     assert told.slots is plan.slots
