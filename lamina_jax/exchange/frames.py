@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 MAGIC, VERSION = 0x4A4C, 1
 
-_LAYOUT = struct.Struct("<HBBHHIIQQ")
+_LAYOUT = struct.Struct("<HBBIHHIQQ")  # MAGIC, VERSION, and a `Header`
 HEADER_BYTES = _LAYOUT.size
 
 
@@ -45,8 +45,9 @@ class Header(NamedTuple):
 
     Attributes:
         kind: what the payload is.
-        length: of the payload, in bytes.
-        microbatch, layer, step: what it belongs to; an answer has those of its query.
+        length: of the payload, in bytes; below 2^32.
+        microbatch, layer, step: what it belongs to, below 2^16, 2^16 and 2^32; an answer has those of its
+            query.
         received_ns, done_ns: of an answer, when its query was received and its part computed, on the
             worker's monotonic clock; 0 elsewhere.
     """
@@ -61,17 +62,7 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         """As `HEADER_BYTES` bytes."""
-        return _LAYOUT.pack(
-            MAGIC,
-            VERSION,
-            self.kind,
-            self.microbatch,
-            self.layer,
-            self.step & 0xFFFFFFFF,
-            self.length,
-            self.received_ns,
-            self.done_ns,
-        )
+        return _LAYOUT.pack(MAGIC, VERSION, *self)
 
 
 def unpack_header(data: bytes | bytearray | memoryview) -> Header:
@@ -80,7 +71,7 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         ProtocolError: another magic number, version or kind.
     """
-    magic, version, kind, microbatch, layer, step, length, received, done = _LAYOUT.unpack(data)
+    magic, version, kind, *others = _LAYOUT.unpack(data)
     if magic != MAGIC:
         raise ProtocolError(f"a frame begins with {magic:#06x}, not {MAGIC:#06x}: the peer is no lamina_jax")
     if version != VERSION:
@@ -88,7 +79,7 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     known = _KINDS.get(kind)
     if known is None:
         raise ProtocolError(f"a frame of unknown kind {kind}")
-    return Header(known, length, microbatch, layer, step, received, done)
+    return Header(known, *others)
 
 
 _KINDS = {kind.value: kind for kind in Kind}  # a fifth of the time that Kind(...) takes
