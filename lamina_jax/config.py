@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -109,14 +109,7 @@ class EngineConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
-        _one_of("placement", self.placement, ("disaggregated", "collocated"))
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
-        _one_of("microbatches", self.microbatches, ("auto", 1, 2))
-        _one_of("overlap", self.overlap, ("auto", "on", "off"))
-        _one_of("partition", self.partition, ("heads", "requests", "tokens"))
-        _one_of("exchange", self.exchange, ("auto", "local", "socket", "grpc"))
-        _one_of("wire_dtype", self.wire_dtype, ("auto", "float32", "bfloat16"))
+        _check_choices(self)
         if self.partition != "heads" and self.placement == "collocated":
             raise ConfigError(
                 f"partition={self.partition} is among workers, and placement=collocated has none"
@@ -196,7 +189,7 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
         if not 0 < self.request_seconds < float("inf"):
             raise ConfigError(f"request_seconds must be a positive number, got {self.request_seconds}")
-        _one_of("log_format", self.log_format, ("text", "json"))
+        _check_choices(self)
         if not (is_loopback(self.host) or self.api_key_file or self.insecure):
             raise ConfigError(
                 f"host={self.host!r} can be reached from other machines, and no API key is asked for: give "
@@ -286,6 +279,9 @@ def indices(text: str) -> list[int]:
     return numbers
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+def _check_choices(config: object) -> None:
+    """Refuse a value of a `Literal` field that is none of its choices."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
