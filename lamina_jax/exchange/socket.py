@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -74,16 +74,12 @@ class SocketChannel:
         frame: list[Any] = [header.pack(), *views]
         size = HEADER_BYTES + header.length
         try:
-            sent = self._sendmsg(frame) if len(frame) < _MOST_BUFFERS else 0
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            raise self._closed(error) from error
+            sent = self._some(self._sendmsg, frame) if len(frame) < _MOST_BUFFERS else 0
+            if sent != size:
+                self._send_rest(frame, sent, size)
         except BaseException:
             self.close()  # a part of the frame may be out
             raise
-        if sent != size:
-            self._send_rest(frame, sent, size)
         self.bytes_sent += size
         self.frames_sent += 1
 
@@ -111,26 +107,14 @@ class SocketChannel:
 
     def _fill(self, into: memoryview, size: int, seconds: float) -> None:
         """Receive `size` bytes: the first within `seconds`, the others within the deadline from there."""
-        try:
-            got = self._recv_into(into, size, socket.MSG_WAITALL)
-        except BlockingIOError:
-            got = 0
-        except OSError as error:
-            raise self._closed(error) from error
+        got = self._some(self._recv_into, into, size, socket.MSG_WAITALL)
         if got != size:
             self._fill_rest(into[got:size], got > 0, seconds)
 
     def _fill_rest(self, rest: memoryview, begun: bool, seconds: float) -> None:
         until = monotonic() + (self._deadline if begun else seconds)
         while rest:
-            try:
-                got = self._recv_into(rest, len(rest), socket.MSG_WAITALL)
-                if not got:
-                    raise ConnectionError("the connection has ended")
-            except BlockingIOError:
-                got = 0
-            except OSError as error:
-                raise self._closed(error) from error
+            got = self._some(self._recv_into, rest, len(rest), socket.MSG_WAITALL)
             if got and not begun:
                 until, begun = monotonic() + self._deadline, True
             rest = rest[got:]
@@ -140,25 +124,26 @@ class SocketChannel:
 
     def _send_rest(self, frame: Sequence[Any], sent: int, size: int) -> None:
         rest = [memoryview(part).cast("B") for part in frame if memoryview(part).nbytes]
+        if (given := sum(map(len, rest))) != size:
+            raise ValueError(
+                f"the header speaks of {size - HEADER_BYTES} bytes, the buffers have {given - HEADER_BYTES}"
+            )
+        until = monotonic() + self._deadline
+        while rest := _behind(rest, sent):
+            if monotonic() > until:
+                raise self._closed(f"it has not taken all of a frame in {self._deadline:g} s")
+            sent = self._some(self._sendmsg, rest[:_MOST_BUFFERS])
+
+    def _some(self, call: Callable[..., int], *args: Any) -> int:
+        """How many bytes a system call moves; 0: none in a tick."""
         try:
-            if (given := sum(map(len, rest)) - HEADER_BYTES) != size - HEADER_BYTES:
-                raise ValueError(
-                    f"the header speaks of {size - HEADER_BYTES} bytes, the buffers have {given}"
-                )
-            until = monotonic() + self._deadline
-            while rest := _behind(rest, sent):
-                if monotonic() > until:
-                    raise self._closed(f"it has not taken all of a frame in {self._deadline:g} s")
-                sent = 0
-                with suppress(BlockingIOError):
-                    sent = self._sendmsg(rest[:_MOST_BUFFERS])
-        except ChannelClosed:
-            raise
+            if moved := call(*args):
+                return moved
+            raise ConnectionError("the connection has ended")
+        except BlockingIOError:
+            return 0
         except OSError as error:
             raise self._closed(error) from error
-        except BaseException:
-            self.close()
-            raise
 
     def _closed(self, why: object) -> ChannelClosed:
         self.close()
