@@ -14,7 +14,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig, RopeConfig
-from lamina_jax.training.checkpoint import Checkpoints
+from lamina_jax.training.checkpoint import checkpoints, restore, save
 from lamina_jax.training.documents import DocumentMaker, tokenizer_text
 from lamina_jax.training.initial import initial_model
 from lamina_jax.training.loop import (
@@ -74,8 +74,8 @@ class Run:
     def state(self) -> TrainState:
         """The newest checkpoint's, or the initial one."""
         initial = initial_state(self.initial, self.hyper)
-        with Checkpoints(self.folder / "checkpoints") as checkpoints:
-            return checkpoints.restore(initial) or initial
+        with checkpoints(self.folder / "checkpoints") as manager:
+            return restore(manager, initial) or initial
 
     def model(self, state: TrainState) -> nnx.Module:
         """The model that `state` has reached, its weights rounded to the checkpoint's dtype."""
@@ -94,15 +94,15 @@ class Run:
         """Trains through `phases` from the newest checkpoint on, writing one every few minutes."""
         maker = DocumentMaker(self.texts, self.tokenizer, self.config.max_position, self.seed)
         state, saved = self.state(), time.monotonic()
-        with Checkpoints(self.folder / "checkpoints") as checkpoints:
+        with checkpoints(self.folder / "checkpoints") as manager:
             for reached, report in train(self.initial, state, phases, maker.batch, self.hyper, clock):
                 state = reached
                 on_step(report)
                 if time.monotonic() - saved > checkpoint_seconds:
-                    checkpoints.save(state)
+                    save(manager, state)
                     on_checkpoint(state, report)
                     saved = time.monotonic()
-            checkpoints.save(state)
+            save(manager, state)
         return state
 
     def _tokenizer(self, path: Path) -> Tokenizer:

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig
-from lamina_jax.training.checkpoint import Checkpoints
+from lamina_jax.training.checkpoint import checkpoints, restore, save
 from lamina_jax.training.documents import ASKED
 from lamina_jax.training.loop import (
     Hyperparameters,
@@ -107,11 +107,11 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     def state(step: int) -> TrainState:
         return TrainState({"w": jnp.full((2,), step, jnp.float32)}, (), Progress(step=step, seconds=0.5))
 
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(state(0)) is None
+    with checkpoints(tmp_path) as manager:
+        assert restore(manager, state(0)) is None
         for step in (1, 2, 3, 3):
-            checkpoints.save(state(step))
-        found = checkpoints.restore(state(0))
+            save(manager, state(step))
+        found = restore(manager, state(0))
         assert found is not None
         assert found.progress == Progress(step=3, seconds=0.5)
         np.testing.assert_array_equal(found.params["w"], [3.0, 3.0])
