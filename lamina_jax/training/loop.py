@@ -21,10 +21,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lamina_jax.models import as_function
 from lamina_jax.training.documents import ASKED, Batch
 
-Params = dict[str, jax.Array]
-"""Parameters by checkpoint name."""
+Params = Any
+"""A model's parameters, an `nnx.State`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +85,6 @@ class Report:
     share_done: float
 
 
-def parameters(model: nnx.Module) -> Params:
-    """A model's parameters by checkpoint name."""
-    return {p.get_metadata("name"): p[...] for _, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def with_parameters(model: nnx.Module) -> Callable[[Params], nnx.Module]:
-    """A function from parameters (or tracers of them) to `model` holding them."""
-    graph, state = nnx.split(model, nnx.Param)
-    flat = list(nnx.to_flat_state(state))
-
-    def fill(params: Params) -> nnx.Module:
-        filled = [(path, p.replace(params[p.get_metadata("name")])) for path, p in flat]
-        return nnx.merge(graph, nnx.from_flat_state(filled))
-
-    return fill
-
-
 def optimiser(hyper: Hyperparameters) -> optax.GradientTransformation:
     """AdamW without the learning rate; biases and norms do not decay."""
     return optax.chain(
@@ -113,7 +97,7 @@ def optimiser(hyper: Hyperparameters) -> optax.GradientTransformation:
 
 
 def initial_state(model: nnx.Module, hyper: Hyperparameters) -> TrainState:
-    params = parameters(model)
+    _, params = as_function(model)
     return TrainState(params, optimiser(hyper).init(params), Progress())
 
 
@@ -171,12 +155,11 @@ def learning_rate(hyper: Hyperparameters, step: int, done: float) -> float:
 
 
 def _make_step(model: nnx.Module, hyper: Hyperparameters) -> Callable[..., Any]:
-    fill, transform = with_parameters(model), optimiser(hyper)
+    (fn, _), transform = as_function(model), optimiser(hyper)
 
     def loss_of(params: Params, tokens: Array, positions: Array, weights: Array) -> tuple[Array, Array]:
-        filled = fill(params)
         every = jnp.arange(positions.shape[1], dtype=jnp.int32)
-        logits = jax.vmap(lambda t, p: filled(t, p, every))(tokens[:, :-1], positions)
+        logits = jax.vmap(lambda t, p: fn(params, t, p, every))(tokens[:, :-1], positions)
         return weighted_loss(logits, tokens[:, 1:], weights)
 
     def step(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
@@ -24,7 +25,6 @@ from lamina_jax.training.loop import (
     TrainState,
     initial_state,
     train,
-    with_parameters,
 )
 from lamina_jax.training.tokenizer import train_tokenizer
 
@@ -80,8 +80,9 @@ class Run:
     def model(self, state: TrainState) -> nnx.Module:
         """The model that `state` has reached, its weights rounded to the checkpoint's dtype."""
         dtype = jnp.dtype(self.config.dtype)
-        rounded = {name: value.astype(dtype).astype(value.dtype) for name, value in state.params.items()}
-        return with_parameters(self.initial)(rounded)
+        rounded = jax.tree.map(lambda value: value.astype(dtype).astype(value.dtype), state.params)
+        graph, _ = nnx.split(self.initial, nnx.Param)
+        return nnx.merge(graph, rounded)
 
     def train(
         self,

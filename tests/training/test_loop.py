@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig
@@ -88,10 +89,8 @@ def test_a_stopped_run_goes_on_to_the_same_state(
     resumed = run.train(PHASES, ignore, ignore, clock=ticks())
     expected = whole[0]
     assert resumed.progress.step == expected.progress.step
-    for name, value in expected.params.items():
-        np.testing.assert_array_equal(resumed.params[name], value, err_msg=name)
-    for left, right in zip(jax.tree.leaves(resumed.moments), jax.tree.leaves(expected.moments), strict=True):
-        np.testing.assert_array_equal(left, right)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, resumed.moments, expected.moments)
 
 
 def test_a_finished_run_does_no_more_steps(
@@ -105,7 +104,8 @@ def test_a_finished_run_does_no_more_steps(
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     def state(step: int) -> TrainState:
-        return TrainState({"w": jnp.full((2,), step, jnp.float32)}, (), Progress(step=step, seconds=0.5))
+        params = nnx.State({"w": nnx.Param(jnp.full((2,), step, jnp.float32))})
+        return TrainState(params, (), Progress(step=step, seconds=0.5))
 
     with checkpoints(tmp_path) as manager:
         assert restore(manager, state(0)) is None
@@ -114,7 +114,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         found = restore(manager, state(0))
         assert found is not None
         assert found.progress == Progress(step=3, seconds=0.5)
-        np.testing.assert_array_equal(found.params["w"], [3.0, 3.0])
+        np.testing.assert_array_equal(found.params["w"][...], [3.0, 3.0])
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "3"]
 
 
