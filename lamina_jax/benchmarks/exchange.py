@@ -17,11 +17,11 @@ import argparse
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.null_worker import DEADLINE_SECONDS, RAW_METHOD, receive_raw
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.exchange.channel import Channel
@@ -60,11 +61,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds = 20 if args.quick else args.rounds
     allowed = os.sched_getaffinity(0)
     engine, worker = min(allowed), max(allowed)
-    os.sched_setaffinity(0, {engine})
-    try:
-        results = [row for name in sizes for row in _measure(name, rounds, worker)]
-    finally:
-        os.sched_setaffinity(0, allowed)
+    results = [row for name in sizes for row in _measure(name, rounds, engine, worker)]
     print(f"round trips in microseconds between cores {engine} and {worker}; median of {rounds} rounds")
     print(_table(results))
     for row in results:
@@ -78,41 +75,37 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _measure(name: str, rounds: int, core: int) -> list[dict[str, Any]]:
+def _measure(name: str, rounds: int, engine_core: int, worker_core: int) -> list[dict[str, Any]]:
     """The rows of one size."""
     query = SIZES[name]
     answer = query + query // 64
-    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
-        command = [sys.executable, "-m", "lamina_jax.benchmarks.null_worker"]
-        command += [folder, str(query), str(answer), str(core)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert worker.stdout is not None
-            raw_port, frames_port, grpc_port = map(int, worker.stdout.readline().split())
-            options = [("grpc.use_local_subchannel_pool", 1), *stream_options(answer)]
-            with grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options) as calls:
-                channels: dict[str, Channel] = {
-                    "tcp": connect(f"127.0.0.1:{frames_port}", DEADLINE_SECONDS),
-                    "unix": connect(f"unix:{folder}/frames", DEADLINE_SECONDS),
-                    "grpc": GrpcChannel(calls, (), DEADLINE_SECONDS),
-                }
-                tcp, unix = _plain_tcp(raw_port), _plain_unix(str(Path(folder, "raw")))
-                trips = {
-                    ("tcp", "raw"): _raw_socket(tcp, query, answer),
-                    ("unix", "raw"): _raw_socket(unix, query, answer),
-                    ("grpc", "raw"): _raw_grpc(calls, query),
-                }
-                for way, channel in channels.items():
-                    trips[way, "frames"] = _frames(channel, query)
-                    trips[way, "arrays"], trips[way, "call"] = _arrays(channel, query, answer)
-                times = _times(trips, rounds, max(2, min(50, (8 << 20) // query)))
-                for channel in channels.values():
-                    channel.close()
-                for sock in (tcp, unix):
-                    sock.close()
-        finally:
-            worker.kill()
-            worker.communicate()
+    with ExitStack() as ends:
+        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-"))
+        command = [sys.executable, "-m", "lamina_jax.benchmarks.null_worker", folder, str(query), str(answer)]
+        worker = Column("null worker", command, str(worker_core))
+        ends.callback(worker.close)
+        raw_port, frames_port, grpc_port = map(int, worker.line().split())
+        ends.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {engine_core})
+        options = [("grpc.use_local_subchannel_pool", 1), *stream_options(answer)]
+        calls = ends.enter_context(grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options))
+        channels: dict[str, Channel] = {
+            "tcp": connect(f"127.0.0.1:{frames_port}", DEADLINE_SECONDS),
+            "unix": connect(f"unix:{folder}/frames", DEADLINE_SECONDS),
+            "grpc": GrpcChannel(calls, (), DEADLINE_SECONDS),
+        }
+        tcp = ends.enter_context(_plain_tcp(raw_port))
+        unix = ends.enter_context(_plain_unix(str(Path(folder, "raw"))))
+        trips = {
+            ("tcp", "raw"): _raw_socket(tcp, query, answer),
+            ("unix", "raw"): _raw_socket(unix, query, answer),
+            ("grpc", "raw"): _raw_grpc(calls, query),
+        }
+        for way, channel in channels.items():
+            ends.callback(channel.close)
+            trips[way, "frames"] = _frames(channel, query)
+            trips[way, "arrays"], trips[way, "call"] = _arrays(channel, query, answer)
+        times = _times(trips, rounds, max(2, min(50, (8 << 20) // query)))
     return [_row(way, name, {kind: times[way, kind] for kind in KINDS}) for way in channels]
 
 

@@ -1,12 +1,11 @@
 """A worker that answers at once, for the exchange's benchmark: prepared bytes over every channel.
 
-`python -m lamina_jax.benchmarks.null_worker FOLDER QUERY_BYTES ANSWER_BYTES CORE` listens at Unix sockets in
+`python -m lamina_jax.benchmarks.null_worker FOLDER QUERY_BYTES ANSWER_BYTES` listens at Unix sockets in
 FOLDER, prints the ports of a raw TCP listener, of one for frames and of a gRPC server, and never ends.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -28,8 +27,7 @@ DEADLINE_SECONDS = 60.0
 
 
 def main() -> None:
-    folder, (query, answer, core) = Path(sys.argv[1]), map(int, sys.argv[2:])
-    os.sched_setaffinity(0, {core})
+    folder, (query, answer) = Path(sys.argv[1]), map(int, sys.argv[2:])
     header, out = Header(Kind.ANSWER, answer), np.zeros(answer, np.uint8)
 
     def raw_socket(sock: socket.socket) -> None:
