@@ -77,12 +77,6 @@ class Proxy:
             if pipe is not None:
                 pipe.close()
 
-    def cpu_seconds(self) -> float:
-        """That the process has used so far."""
-        with open(f"/proc/{self._process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def _say(self, command: str) -> None:
         assert self._process.stdin is not None
         print(command, file=self._process.stdin, flush=True)
