@@ -101,13 +101,11 @@ class LocalStep:
 
     def _sent(self, arrays: Arrays, *, kv_alone: bool = False) -> Iterator[tuple[_Target, Arrays]]:
         """Every target with its messages, on its device."""
-        table = self._exchange.table
-        segments = {target.segment for target in self._targets}
-        messages = {segment: messages_of(arrays, table, segment) for segment in segments}
         for target in self._targets:
             self._exchange.programs_queued += 1  # that takes them
-            wanted = [j for j in target.pieces if table.pieces[j].sends_kv or not kv_alone]
-            yield target, tuple([self._put(messages[target.segment][j], target.shard.device) for j in wanted])
+            place = target.segment, target.pieces
+            messages = messages_of(arrays, self._exchange.table, *place, kv_alone=kv_alone)
+            yield target, tuple([self._put(message, target.shard.device) for message in messages])
 
     def _back(self, target: _Target, messages: Arrays) -> list[jax.Array]:
         homes = self._exchange.homes[target.pieces.start : target.pieces.stop]

@@ -18,13 +18,16 @@ from lamina_jax.pool.geometry import HeadTable
 Arrays = tuple[jax.Array, ...]
 
 
-def messages_of(arrays: Arrays, table: HeadTable, segment: int = 0) -> Sequence[jax.Array]:
-    """The c messages of one segment, each on its shard's device."""
-    count = table.per_shard
-    arrays = arrays[segment * count : (segment + 1) * count]
+def messages_of(
+    arrays: Arrays, table: HeadTable, segment: int, pieces: range, *, kv_alone: bool = False
+) -> list[jax.Array]:
+    """The messages of some pieces of one segment, each on its shard's device; of k and v by themselves only
+    those that are sent."""
+    count, first = table.per_shard, segment * table.per_shard
+    wanted = [j for j in pieces if table.pieces[j].sends_kv or not kv_alone]
     if table.shards == 1:
-        return arrays
-    return [arrays[j % count].addressable_data(j // count) for j in range(len(table.pieces))]
+        return [arrays[first + j] for j in wanted]
+    return [arrays[first + j % count].addressable_data(j // count) for j in wanted]
 
 
 def arrays_of(messages: Sequence[Any], table: HeadTable, sharding: Sharding) -> tuple[Any, ...]:

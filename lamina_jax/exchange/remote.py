@@ -251,14 +251,11 @@ class RemoteStep:
 
     def _send(self, kind: Kind, layer: int, arrays: Arrays) -> None:
         table, header = self._exchange.table, self._header._replace(kind=kind, layer=layer)
-        segments = {target.segment for target in self._targets}
-        messages = {segment: messages_of(arrays, table, segment) for segment in segments}
         for target in self._targets:
-            pieces = [j for j in target.pieces if table.pieces[j].sends_kv or kind != Kind.KV]
-            sent = [messages[target.segment][j] for j in pieces]
             tokens = target.tokens if kind == Kind.KV else None
             if tokens is not None and not len(tokens):
                 continue
+            sent = messages_of(arrays, table, target.segment, target.pieces, kv_alone=kind == Kind.KV)
             frame = target.worker.frame(header, sent, tokens)
             self._exchange.wire.count(frame.nbytes)
             self._exchange.send(target.worker, frame)

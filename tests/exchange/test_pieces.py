@@ -21,7 +21,7 @@ def test_round_trip(shards: int, workers: int) -> None:
     numbers = np.arange(len(table.pieces), dtype=np.int32).reshape(shards, table.per_shard).T
     arrays = tuple(jax.device_put(np.repeat(row, 3), sharding) for row in numbers)
 
-    messages = messages_of(arrays, table)
+    messages = messages_of(arrays, table, 0, range(len(table.pieces)))
     for j, (message, piece) in enumerate(zip(messages, table.pieces, strict=True)):
         np.testing.assert_array_equal(message, np.full(3, j))
         assert message.devices() == {devices[piece.shard]}
