@@ -53,6 +53,9 @@ class AttentionShard:
         cached_part: what computes the cached part; None: `paged_attention`.
         pieces: in how many equal pieces the heads come and go, each by its own message (n = N / pieces).
         copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
+
+    Attributes:
+        pages: of each layer, [P, 2, K, p, H] as stored; for tests and for filling a cache.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class AttentionShard:
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
         self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
-        self._pages: list[jax.Array] = []
+        self.pages: list[jax.Array] = []
         self._programs: dict[ProgramKey, Compilation] = {}
 
     # What a step does -------------------------------------------------------------------------------
@@ -84,19 +87,19 @@ class AttentionShard:
         """The cached part of each piece q[B, Q, n, H] as a message (`lamina_jax.pool.message`), o in q's
         dtype."""
         program = self._programs["attend", bucket, self._kinds[layer]]
-        return program(self._pages[layer], self._windows[layer], meta, q)
+        return program(self.pages[layer], self._windows[layer], meta, q)
 
     def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: Messages) -> None:
         """Keep kv[B, Q, 2k, H] (k's heads, then v's) of each piece that is no copy of the one before in
         the pages that the step names."""
         program = self._programs["append", bucket, None]
-        self._pages[layer] = program(self._pages[layer], meta.slots, kv)
+        self.pages[layer] = program(self.pages[layer], meta.slots, kv)
 
     def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: Messages) -> Arrays:
         """Both for messages qkv[B, Q, n + 2k, H] of all pieces; the cached part does not see the new
         tokens."""
         program = self._programs["both", bucket, self._kinds[layer]]
-        self._pages[layer], messages = program(self._pages[layer], self._windows[layer], meta, qkv)
+        self.pages[layer], messages = program(self.pages[layer], self._windows[layer], meta, qkv)
         return messages
 
     # Compilation ------------------------------------------------------------------------------------
@@ -171,16 +174,7 @@ class AttentionShard:
         pages = self._pages_struct()
         zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=self._place)
         made = zeros.lower().compile()
-        self._pages = [made() for _ in range(self.geometry.num_layers)]
-
-    @property
-    def pages(self) -> list[jax.Array]:
-        """The pages of each layer, [P, 2, K, p, H] as stored; for tests and for filling a cache."""
-        return self._pages
-
-    @pages.setter
-    def pages(self, pages: list[jax.Array]) -> None:
-        self._pages = pages
+        self.pages = [made() for _ in range(self.geometry.num_layers)]
 
 
 def storage_dtype(dtype: str, platform: str) -> jnp.dtype:

@@ -21,19 +21,17 @@ class Leases:
 
     Args:
         make_session: the memory side for a spec.
+
+    Attributes:
+        lease: the one there is.
     """
 
     def __init__(self, make_session: Callable[[WorkerSpec], Session]) -> None:
         self._make_session = make_session
         self._changed = threading.Condition()
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None
         self._draining = False
         self.traffic = Traffic()
-
-    @property
-    def lease(self) -> Lease | None:
-        """The one there is."""
-        return self._lease
 
     def take(self, engine: str, spec: WorkerSpec) -> Lease:
         """A lease whose thread runs.
@@ -42,16 +40,16 @@ class Leases:
             Refused: another engine has the worker, or it is shutting down.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._lease is None or self._draining, TAKE_SECONDS)
+            self._changed.wait_for(lambda: self.lease is None or self._draining, TAKE_SECONDS)
             if self._draining:
                 raise Refused("it is shutting down")
-            if (held := self._lease) is not None:
+            if (held := self.lease) is not None:
                 gone = ", which has gone; its last program still runs" if held.over.is_set() else ""
                 raise Refused(
                     f"held by another engine, {held.engine}{gone}: end that one, or take another worker"
                 )
             lease = Lease(engine, lambda: self._make_session(spec), spec.geometry.num_pages, self.traffic)
-            self._lease = lease
+            self.lease = lease
         threading.Thread(target=self._run, args=(lease,), name="lease", daemon=True).start()
         return lease
 
@@ -61,7 +59,7 @@ class Leases:
         Raises:
             Refused: there is none.
         """
-        lease = self._lease
+        lease = self.lease
         if lease is None or not hmac.compare_digest(lease.session_id, session_id):
             raise Refused("no lease has this session id")
         return lease
@@ -71,8 +69,8 @@ class Leases:
         with self._changed:
             self._draining = True
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: self._lease is None, seconds) and self._lease is not None:
-                self._lease.end("the worker is shutting down")
+            if not self._changed.wait_for(lambda: self.lease is None, seconds) and self.lease is not None:
+                self.lease.end("the worker is shutting down")
 
     def _run(self, lease: Lease) -> None:
         log.info("leased to %s", lease.engine)
@@ -80,6 +78,6 @@ class Leases:
             lease.run()
         finally:
             with self._changed:
-                self._lease = None
+                self.lease = None
                 self._changed.notify_all()
             log.info("free again: %s", lease.reason)
