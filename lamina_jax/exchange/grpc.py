@@ -75,14 +75,11 @@ def serve_stream(requests: Iterator[bytes], room: Room) -> Iterator[Frame]:
         ProtocolError: a message is no frame, or `room` refuses it.
     """
     pool = BufferPool()
-    while True:
-        try:
-            message = next(requests)
-        except StopIteration:
-            return
-        except grpc.RpcError as error:
-            raise ChannelClosed("the call is over") from error
-        yield decode(message, room, pool)
+    try:
+        for message in requests:
+            yield decode(message, room, pool)
+    except grpc.RpcError as error:
+        raise ChannelClosed("the call is over") from error
 
 
 class GrpcChannel:

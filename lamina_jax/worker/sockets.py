@@ -13,7 +13,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +91,8 @@ class DataListener:
     def _serve(self, connection: socket.socket) -> None:
         try:
             channel, session_id = self._greet(connection)
-            try:
+            with closing(channel):
                 self._stream(channel, session_id)
-            finally:
-                channel.close()
         except (OSError, ProtocolError) as error:  # also what ssl and a closed channel raise
             log.debug("data connection: %s", error)
         finally:
