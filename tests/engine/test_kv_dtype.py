@@ -42,7 +42,11 @@ def pages_of(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"placement": "collocated"}, {"memory_devices": "cpu:1", "overlap": "on"}]
+    "settings",
+    [
+        pytest.param({"placement": "collocated"}, marks=pytest.mark.slow),
+        {"memory_devices": "cpu:1", "overlap": "on"},
+    ],
 )
 def test_a_float32_model_over_bfloat16_pages(checkpoint: str, settings: dict[str, Any]) -> None:
     """Layer 0's k and v depend on no page: there the pages are the float32 ones, rounded."""

@@ -233,10 +233,8 @@ SHARDED = [
 """Compute devices, workers, devices of each. Four hold copies of the windowed model's two KV heads."""
 
 
-@pytest.mark.parametrize(
-    ("model", "shards", "count", "devices", "partition", "overlap"),
-    [pytest.param(*case, marks=[] if case == SHARDED[4] else [pytest.mark.slow]) for case in SHARDED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "shards", "count", "devices", "partition", "overlap"), SHARDED)
 def test_a_compute_mesh_of_several_devices(
     checkpoints: dict[str, str],
     expected: dict[str, list[list[int]]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,15 @@ def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("overlap", ["on", "off"])
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("memory", ["cpu:1", pytest.param("cpu:1-2", marks=pytest.mark.slow), "cpu:1-4"])
+EVERY = list(itertools.product(("cpu:1", "cpu:1-2", "cpu:1-4"), (1, 2), ("on", "off")))
+SOME = [("cpu:1", 1, "off"), ("cpu:1", 2, "on"), ("cpu:1-4", 1, "on"), ("cpu:1-4", 2, "off")]
+"""Those of the default run; the others are `slow`."""
+
+
+@pytest.mark.parametrize(
+    ("memory", "microbatches", "overlap"),
+    [pytest.param(*case, marks=[] if case in SOME else [pytest.mark.slow]) for case in EVERY],
+)
 def test_disaggregated_equals_collocated(
     checkpoint: str,
     prompts: list[list[int]],
@@ -116,6 +123,7 @@ def test_wire_bytes_equal_the_formula(
     assert stats["programs_per_step"] * stats["steps"] == pytest.approx(programs)
 
 
+@pytest.mark.slow
 def test_bfloat16_pages_hold_what_was_appended(tmp_path: Path, prompts: list[list[int]]) -> None:
     """In bfloat16 on one bucket the split changes where things are computed, not what."""
     import dataclasses

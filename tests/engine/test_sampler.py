@@ -257,7 +257,7 @@ def test_logprobs_are_a_log_softmax(vocab: int, group: int | None) -> None:
     assert not np.isfinite(found.top[:, told:]).any()
 
 
-@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0.3, pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_a_threshold_takes_few_looks_at_the_vocabulary(
     spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,9 +67,7 @@ EVERY = [
     if workers <= kv_heads
 ]
 SOME = [
-    (4, 2, 4, 1, "off"),
     (4, 4, 2, 2, "on"),
-    (2, 4, 1, 2, "on"),
     (2, 4, 2, 1, "off"),
 ]
 
@@ -133,7 +131,6 @@ def test_every_mesh_gives_the_collocated_tokens(
 
     lines = [str(piece) for piece in head_table(8, kv_heads, shards, workers).pieces]
     assert all(any(line in message for message in caplog.messages) for line in lines)
-    assert (f"weights on each of {shards} compute devices" in caplog.text) == (shards > 1)
 
 
 def wire(

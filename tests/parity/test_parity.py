@@ -36,7 +36,6 @@ def test_logits(case: str) -> None:
 
 QUICK = {
     ("mistral_window", "disaggregated"),
-    ("qwen2_window", "collocated"),
 }
 """Engines of the default run; the others are `slow`."""
 
