@@ -97,6 +97,8 @@ class Server:
         await self._drain()
         web.should_exit = True
         await serving
+        for connection in list(web.server_state.connections):  # of clients that do not read
+            connection.transport.abort()
         following.cancel()
         ready = self._service.facts is not None and self._service.error is None
         await self._link.close(ENGINE_SECONDS if ready else 0.0)
