@@ -84,7 +84,7 @@ def test_the_wrong_token(run: Start, checkpoint: str, tmp_path: Path) -> None:
 def test_no_memory(run: Start, checkpoint: str) -> None:
     worker = run(WorkerProcess, "127.0.0.1", 0, "--memory-fraction", "0.001").wait_listening()
     server = run(ServeProcess, checkpoint, [worker.address], "--num-pages", "1000000")
-    assert_refused(server, "num_pages", "1000000")
+    assert_refused(server, "--num-pages", "1000000")
     assert worker.held_by() == ""
 
 
