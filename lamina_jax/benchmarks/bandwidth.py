@@ -20,7 +20,7 @@ from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.tcp_proxy import Proxy
 from lamina_jax.benchmarks.two_cores import Bench, PinnedWorker, whole_pages
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table for each way to run; the results as plain dicts."""
-    plot = _plotter() if args.plot else None
+    plot = plotter("bandwidth_plot") if args.plot else None
     rounds, factors = (3, (0.5, 1.0, 2.0)) if args.quick else (args.rounds, FACTORS)
     with ExitStack() as ends:
         longest = whole_pages(args.context)
@@ -145,13 +145,3 @@ def _print(results: list[dict[str, Any]], demand: float) -> None:
         print(
             f"a step takes {1 + ALPHA:g} times as long at {found}; the formula says {demand / 1e6:.0f} MB/s"
         )
-
-
-def _plotter() -> Any:
-    try:
-        from lamina_jax.benchmarks.bandwidth_plot import draw
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--plot needs {error.name}: install lamina_jax[plots], or leave --plot out"
-        ) from None
-    return draw

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ RANDOM_QWEN3 = "qwen3-0.6b"
 """The name under which benchmarks know random weights of that shape."""
 
 ANSWER_SECONDS = 540.0
-"""How long a column may take to start, or to run the steps that it was asked for."""
+"""How long a column may take to start, or to do what it was asked for."""
+
+Timings = dict[str, list[dict[str, Any]]]
+"""By column: what each round took."""
 
 
 def models(names: Sequence[str], scratch: Path) -> list[tuple[str, str]]:
@@ -52,7 +55,7 @@ def engine_command(settings: dict[str, Any]) -> list[str]:
 
 
 class Column:
-    """A process that prints "ready" and then times steps; on some cores only ("0-1"), where they are named.
+    """A process that prints "ready" and then answers; on some cores only ("0-1"), where they are named.
 
     Args:
         cache: a folder for compiled programs, which columns share.
@@ -72,8 +75,12 @@ class Column:
 
     def ask(self, steps: int, **changes: Any) -> dict[str, Any]:
         """Run so many steps; what they took. `changes`: see `lamina_jax.benchmarks.worker`."""
+        return self.answer({"steps": steps, **changes})
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """A line of JSON for a line of JSON."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"steps": steps, **changes}) + "\n")
+        self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return json.loads(self.line())
 
@@ -104,12 +111,8 @@ def pinned(command: list[str], cores: str | None) -> list[str]:
 
 
 def with_cache(folder: Path | None) -> dict[str, str]:
-    """The environment in which jax keeps what it has compiled in `folder`."""
-    if folder is None:
-        return dict(os.environ)
-    keep = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
-    settings = {f"JAX_PERSISTENT_CACHE_{name}": value for name, value in keep.items()}
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder), **settings}
+    """The environment in which compiled programs are kept in `folder`; None: where they always are."""
+    return {**os.environ} | ({} if folder is None else {"JAX_COMPILATION_CACHE_DIR": str(folder)})
 
 
 def time_in_turn(
@@ -143,7 +146,7 @@ def compare(
             column.line()
             columns.append(column)
         timings = time_in_turn(columns, rounds, seconds)
-    return [summary(column.name, taken) for column, taken in zip(columns, timings, strict=True)]
+    return rows_of(dict(zip(COLUMNS, timings, strict=True)))
 
 
 def summary(name: str, timings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,10 +160,22 @@ def summary(name: str, timings: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(cell: list[dict[str, Any]]) -> str:
-    """The columns with their ratios, as text."""
-    baselines = [row["tokens_per_second"] for row in cell if row["column"] != "disaggregated"]
-    header = ["", "tokens/s", "spread", "CPUs used", "of 1 device", "of the better collocated"]
+def rows_of(timings: Timings) -> list[dict[str, Any]]:
+    """Each column's medians and its "ratios" to all of them: the median of the rounds' ratios."""
+    return [
+        summary(name, taken) | {"ratios": {other: _ratio(taken, timings[other]) for other in timings}}
+        for name, taken in timings.items()
+    ]
+
+
+def _ratio(taken: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
+    pairs = zip(taken, others, strict=True)
+    return statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]], others: Sequence[str]) -> str:
+    """The columns as text, with their ratios to `others`."""
+    header = ["", "tokens/s", "spread", "CPUs used", *(f"of {other}" for other in others)]
     return format_table(
         header,
         [
@@ -169,9 +184,8 @@ def table(cell: list[dict[str, Any]]) -> str:
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['spread']:.0%}",
                 f"{row['cpus']:.2f}",
-                f"{row['tokens_per_second'] / baselines[0]:.2f}",
-                f"{row['tokens_per_second'] / max(baselines):.2f}",
+                *(f"{row['ratios'][other]:.2f}" for other in others),
             ]
-            for row in cell
+            for row in rows
         ],
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,11 @@ from lamina_jax.benchmarks.columns import (
     COLUMNS,
     RANDOM_QWEN3,
     Column,
+    Timings,
     engine_command,
+    format_rows,
     models,
-    summary,
+    rows_of,
     time_in_turn,
 )
 from lamina_jax.benchmarks.reference import (
@@ -34,7 +35,6 @@ from lamina_jax.benchmarks.reference import (
     reference_command,
     reference_python,
 )
-from lamina_jax.benchmarks.table import format_table
 from lamina_jax.memory import host_memory
 from lamina_jax.weights.hub import find_model
 
@@ -63,9 +63,6 @@ GOAL_OF_THE_BEST = 0.97
 
 GOAL_BATCHES = 8, 32
 MEMORY_SHARE = 0.6
-
-Timings = dict[str, list[dict[str, Any]]]
-"""Of a cell, by column: what each round took."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +118,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
             comparison = Comparison(folder, dtype, engines, reference)
             for cell, timings in comparison.measure(cells, args.rounds, seconds):
-                rows = table_rows(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
+                rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
                 print(_text(cell, timings, rows), flush=True)
@@ -207,48 +204,19 @@ class Comparison:
         return engine_command({**common, **self._engines[name]})
 
 
-def table_rows(timings: Timings) -> list[dict[str, Any]]:
-    """Each column's medians and its ratios to others: the median of the rounds' ratios."""
-    rows = []
-    for name, taken in timings.items():
-        row = summary(name, taken)
-        row["ratios"] = {other: _ratio(timings, name, other) for other in timings}
-        if "cache" in taken[0]:
-            row["cache"] = taken[0]["cache"]
-        rows.append(row)
-    return rows
-
-
-def _ratio(timings: Timings, name: str, other: str) -> float:
-    pairs = zip(timings[name], timings[other], strict=True)
-    return statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
-
-
 def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str:
     if not isinstance(timings, dict):
         return f"needs {timings / 2**30:.0f} GB, more than {MEMORY_SHARE:.0%} of what is free: not run"
     lines = [format_decode(rows)]
-    caches = [f"transformers: its {row['cache']} cache, the faster one" for row in rows if "cache" in row]
-    return "\n".join([*lines, *caches])
+    if TRANSFORMERS in timings:
+        lines.append(f"transformers: its {timings[TRANSFORMERS][0]['cache']} cache, the faster one")
+    return "\n".join(lines)
 
 
 def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of one cell as text."""
-    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]] or [SPLIT]
-    header = ["", "tokens/s", "spread", "CPUs used", *(f"of {other}" for other in others)]
-    return format_table(
-        header,
-        [
-            [
-                row["column"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['spread']:.0%}",
-                f"{row['cpus']:.2f}",
-                *(f"{row['ratios'][other]:.2f}" for other in others),
-            ]
-            for row in rows
-        ],
-    )
+    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]]
+    return format_rows(rows, others or [SPLIT])
 
 
 def goals(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

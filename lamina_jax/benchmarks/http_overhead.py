@@ -8,9 +8,7 @@ engine share the machine's cores, so each one's CPU time is told, too.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.latencies import Record, spread, summary
 from lamina_jax.benchmarks.server_process import ServerProcess, serving
 from lamina_jax.benchmarks.table import format_table
@@ -48,40 +47,22 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rounds", type=int, default=5, help="timings of each (default 5; --quick: 1)")
 
 
-class EngineAlone:
-    """`lamina_jax.benchmarks.engine_alone` as a process; ends with the block."""
+class EngineAlone(Column):
+    """`lamina_jax.benchmarks.engine_alone` as a process."""
 
     def __init__(self, model: str, flags: Sequence[str]) -> None:
         command = [sys.executable, "-m", "lamina_jax.benchmarks.engine_alone", model, *flags]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__("engine alone", command)
 
-    def __enter__(self) -> EngineAlone:
-        self._line()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, requests: Sequence[Planned]) -> Figures:
+    def take(self, requests: Sequence[Planned]) -> Figures:
         """The figures of requests that are submitted at once; see `figures`."""
-        asked = {"prompts": [request.prompt for request in requests], "max_tokens": requests[0].max_tokens}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        took = json.loads(self._line())
+        prompts, max_tokens = [request.prompt for request in requests], requests[0].max_tokens
+        took = self.answer({"prompts": prompts, "max_tokens": max_tokens})
         records = [
             Record(sent=0.0, prompt_tokens=len(request.prompt), arrivals=arrivals, counts=counts)
             for request, arrivals, counts in zip(requests, took["arrivals"], took["counts"], strict=True)
         ]
         return figures(records, {"engine": took["cpu_seconds"]})
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the engine alone ended with exit code {self._process.wait(timeout=60)}")
-        return line
 
 
 class ThroughHTTP:
@@ -93,7 +74,8 @@ class ThroughHTTP:
         self._server, self._send = server, send_all
         self._target = Target(url=server.url, model=served_model(server.url)["id"], ignore_eos=True)
 
-    def ask(self, requests: Sequence[Planned]) -> Figures:
+    def take(self, requests: Sequence[Planned]) -> Figures:
+        """Their figures."""
         before, client = self._server.cpu_seconds(), time.process_time()
         records, _ = self._send(self._target, requests)
         client = time.process_time() - client
@@ -142,11 +124,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, flags = args.model or "bundled", ["--max-num-seqs", str(SEATS), *args.server_flags]
     levels = []
     with ExitStack() as ends:
-        alone = ends.enter_context(EngineAlone(model, flags))
+        alone = EngineAlone(model, flags)
+        ends.callback(alone.close)
+        alone.line()
         http = ThroughHTTP(ends.enter_context(serving(model, flags)))
         ways: dict[str, Callable[[Sequence[Planned]], Figures]] = {
-            "alone": alone.ask,
-            "http": http.ask,
+            "alone": alone.take,
+            "http": http.take,
         }
         for way in ways.values():
             way(_requests(SEATS, WARM_UP_TOKENS, args))

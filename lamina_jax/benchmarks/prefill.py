@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.columns import RANDOM_QWEN3, compare, models, table
+from lamina_jax.benchmarks.columns import COLUMNS, RANDOM_QWEN3, compare, format_rows, models
+
+COLLOCATED = list(COLUMNS)[:2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 cell = compare(_worker(folder, prompt, args.chunk), rounds, args.seconds, args.settings)
                 results += [{"model": name, "prompt": prompt, "chunk": args.chunk, **row} for row in cell]
                 print(f"\n{name}: prefill of {prompt} tokens in chunks of {args.chunk}; median of {rounds}")
-                print(table(cell), flush=True)
+                print(format_rows(cell, COLLOCATED), flush=True)
     return results
 
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lamina_jax.benchmarks import http_overhead
 from lamina_jax.benchmarks.latencies import FIGURES, Record, goodput, summary
 from lamina_jax.benchmarks.server_process import serving
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.workload import (
     Planned,
     length_bounds,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _require_aiohttp()
     if args.overhead:
         return http_overhead.run(args)
-    draw = _plotter() if args.plot else None
+    draw = plotter("serve_plot") if args.plot else None
     if args.quick:
         args.requests, args.rate, args.prompt_tokens, args.output_tokens = 40, 10.0, (64, 64), (32, 32)
     with _target(args) as (target, context):
@@ -238,16 +238,6 @@ def _require_aiohttp() -> None:
         import aiohttp  # noqa: F401
     except ModuleNotFoundError as error:
         raise SystemExit(f"bench serve needs {error.name}: install lamina_jax[bench]") from None
-
-
-def _plotter() -> Any:
-    try:
-        from lamina_jax.benchmarks.serve_plot import draw
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--plot needs {error.name}: install lamina_jax[plots], or leave --plot out"
-        ) from None
-    return draw
 
 
 def _count(text: str) -> int:

@@ -1,8 +1,9 @@
-"""Tables of benchmark results, as text."""
+"""Benchmark results as text, and the way to their plots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -14,3 +15,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([cells[0].ljust(widths[0]), *others]) if first else "  ".join(others)
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def plotter(module: str) -> Callable[..., None]:
+    """`draw` of a module of this package that needs matplotlib. Raises SystemExit where there is none."""
+    try:
+        return importlib.import_module(f"lamina_jax.benchmarks.{module}").draw
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"--plot needs {error.name}: install lamina_jax[plots], or leave --plot out"
+        ) from None

@@ -105,24 +105,7 @@ class Engine:
             ValueError: it is too long, names unknown token ids, asks for what needs a tokenizer that is not
                 there, or is more choices than may wait.
         """
-        sampling = request.sampling
-        for name, tokens in (
-            ("prompt", request.prompt_token_ids),
-            ("logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
-            if wrong:
-                raise ValueError(f"{name}: token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json: stop needs one, use stop_token_ids")
-        if sampling.n > (most := self.scheduler.config.max_waiting):
-            raise ValueError(
-                f"n={sampling.n} choices are more than may wait: lower n, or raise max_waiting={most}"
-            )
-        child = self._children(request)[0]  # the others are like it
-        check_edits(child)
-        self.scheduler.check(child)
+        self._check(request, self._children(request)[0])
 
     def submit(self, *requests: Request) -> None:
         """Queue requests with ids of their own: all of them, or none.
@@ -136,7 +119,7 @@ class Engine:
             ids = (request.request_id, *(child.request_id for child in children))
             if any(held in self._live or held in self._choices for held in ids):
                 raise ValueError(f"request {ids[0]!r} is already held: use another request_id")
-            self.check(request)
+            self._check(request, children[0])
         count, most = sum(len(children) for _, children in families), self.scheduler.config.max_waiting
         if count > most:
             raise ValueError(
@@ -160,6 +143,26 @@ class Engine:
         if live is None:
             return None
         return self._end(live, "abort")
+
+    def _check(self, request: Request, child: Request) -> None:
+        """`check`, with the first of its choices, which the others are like."""
+        sampling = request.sampling
+        for name, tokens in (
+            ("prompt", request.prompt_token_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
+            if wrong:
+                raise ValueError(f"{name}: token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: stop needs one, use stop_token_ids")
+        if sampling.n > (most := self.scheduler.config.max_waiting):
+            raise ValueError(
+                f"n={sampling.n} choices are more than may wait: lower n, or raise max_waiting={most}"
+            )
+        check_edits(child)
+        self.scheduler.check(child)
 
     def _children(self, request: Request) -> list[Request]:
         """One request for each continuation, with what ends it and what it is drawn from."""

@@ -48,13 +48,13 @@ def timings(**speeds):
 
 
 def test_ratios_are_of_the_same_round():
-    rows = decode.table_rows(timings(one=[10, 20, 40], split=[20, 20, 20]))
+    rows = columns.rows_of(timings(one=[10, 20, 40], split=[20, 20, 20]))
     assert rows[1]["ratios"][ONE] == pytest.approx(1.0)  # the median of 2, 1 and 0.5
     assert rows[1]["spread"] == 0
 
 
 def test_goals_are_met_or_missed():
-    rows = decode.table_rows(timings(one=[18], two=[20], split=[17], transformers=[10]))
+    rows = columns.rows_of(timings(one=[18], two=[20], split=[17], transformers=[10]))
     said = list(decode.goals(Cell(8, 128), rows))
     assert said == [
         f"goal: {ONE} at least 1.8 of transformers: 1.80 (met)",
@@ -66,7 +66,7 @@ def test_goals_are_met_or_missed():
 
 
 def test_without_transformers_its_column_and_its_goal_are_left_out():
-    rows = decode.table_rows(timings(one=[1], two=[1], split=[1]))
+    rows = columns.rows_of(timings(one=[1], two=[1], split=[1]))
     assert "transformers" not in decode.format_decode(rows)
     assert not any("transformers" in goal for goal in decode.goals(Cell(8, 128), rows))
 
@@ -103,7 +103,8 @@ class FakeColumn(Column):
 
     def ask(self, steps, *, batch, context):
         assert self.name in self.alive
-        return {"tokens_per_second": 5.0, "seconds": steps * 1.0, "steps": steps, "cpus": float(self.most)}
+        taken = {"tokens_per_second": 5.0, "seconds": steps * 1.0, "steps": steps, "cpus": float(self.most)}
+        return taken | ({"cache": "static"} if self.name == TRANSFORMERS else {})
 
     def close(self):
         self.alive.remove(self.name)
