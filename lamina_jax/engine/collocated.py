@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -68,7 +68,6 @@ class CollocatedRunner:
         self.pages: list[jax.Array] = []
         self._programs: dict[tuple[Bucket, bool], Compilation] = {}
         self._prompts: dict[Bucket, Compilation] = {}
-        self._no_tokens = jax.device_put(np.zeros(rows, np.int32), self._replicated)
         self._last: dict[int, jax.Array] = {}
         self._steps, self._queued, self._seconds = 0, 0, 0.0
 
@@ -142,6 +141,10 @@ class CollocatedRunner:
             self._prompts[bucket] = Compilation(function, ((*weights, *shapes), behind))
             yield f"logits of prompts {bucket}", self._prompts[bucket].compile
             yield from self._sampler.prompt_jobs(logits.shape[1])
+
+    @cached_property
+    def _no_tokens(self) -> jax.Array:
+        return jax.device_put(np.zeros(self._rows, np.int32), self._replicated)
 
     def _run(self, plan: MicrobatchPlan) -> _Result:
         host = (plan.feedback, plan.tokens.reshape(-1), padded_rows(plan.logits_at), metadata_of(plan))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -44,9 +44,11 @@ class Program:
 class ComputeSide:
     """The model's slices over its weights.
 
+    `jobs` needs shapes and shardings alone: it also compiles for a mesh of devices that are only described.
+
     Args:
         sliced: the model function `fn(params, tokens[T], positions[T], logits_at[B]) -> logits[B, V]`.
-        params: its weights, on the compute mesh.
+        params: its weights, on the compute mesh, or their ShapeDtypeStructs with shardings.
         mesh: the compute mesh, of one axis "tensor".
         table: which heads its devices exchange with which worker.
         partition: how workers share the KV cache.
@@ -74,8 +76,7 @@ class ComputeSide:
         self.place = NamedSharding(mesh, programs.WHOLE)
         self._heads, self._flat = NamedSharding(mesh, programs.HEADS), NamedSharding(mesh, programs.FLAT)
         self._weights = jax.tree.leaves(params)
-        windows = programs.windows_of(sliced)
-        self._windows = [jax.device_put(np.int32(window), self.place) for window in windows]
+        self._window_sizes = programs.windows_of(sliced)
         self._sampler, self._queued = sampler, 0
         self._compilations: dict[Hashable, Compilation] = {}
         self._programs: dict[tuple[Bucket, bool, int, Form], Program] = {}
@@ -124,6 +125,10 @@ class ComputeSide:
             logits = program((*step[:2], jax.device_put(places, self.place)), **inputs)
             found.append(self._sampler.prompt_logprobs(logits, targets))
         return found
+
+    @cached_property
+    def _windows(self) -> list[jax.Array]:
+        return [jax.device_put(np.int32(window), self.place) for window in self._window_sizes]
 
     def no_tokens(self) -> jax.Array:
         """`last` of a microbatch that has sampled nothing yet."""

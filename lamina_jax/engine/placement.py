@@ -5,6 +5,8 @@ It knows parameters by their axes' names alone, and nothing of models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -22,12 +24,23 @@ def place_weight(
     """A tensor on `mesh`: cut along its axis of `TENSOR_AXES` where that divides evenly, else whole on
     every device. Each KV head of k's and v's projections is repeated `copies` times."""
     array = repeat_heads(array, spec.axes, head_dim, copies)
+    return jax.device_put(array, _sharding(spec.axes, array.shape, mesh))
+
+
+def describe_weight(spec: TensorSpec, *, mesh: Mesh, copies: int = 1) -> jax.ShapeDtypeStruct:
+    """What `place_weight` would give; the mesh may be of devices that are only described."""
+    sizes = zip(spec.axes, spec.shape, strict=True)
+    shape = tuple(size * copies if axis == "kv_heads" else size for axis, size in sizes)
+    return jax.ShapeDtypeStruct(shape, np.dtype(spec.dtype), sharding=_sharding(spec.axes, shape, mesh))
+
+
+def _sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     devices = mesh.shape["tensor"]
     cut = [
         "tensor" if axis in TENSOR_AXES and size % devices == 0 else None
-        for axis, size in zip(spec.axes, array.shape, strict=True)
+        for axis, size in zip(axes, shape, strict=True)
     ]
-    return jax.device_put(array, NamedSharding(mesh, P(*cut)))
+    return NamedSharding(mesh, P(*cut))
 
 
 def repeat_heads(array: np.ndarray, axes: tuple[str, ...], head_dim: int, copies: int) -> np.ndarray:
@@ -43,7 +56,7 @@ def repeat_heads(array: np.ndarray, axes: tuple[str, ...], head_dim: int, copies
     return heads.repeat(copies, axis).reshape(*before, -1, *after)
 
 
-def bytes_per_device(arrays: list[jax.Array]) -> int:
+def bytes_per_device(arrays: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> int:
     """Bytes of `arrays` on each device of their mesh."""
     shapes = [(array, array.sharding.shard_shape(array.shape)) for array in arrays]
     return sum(int(np.prod(shape)) * array.dtype.itemsize for array, shape in shapes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ class Sampler:
         device = next(iter(place.device_set))
         self._on_cpu = isinstance(device, jax.Device) and device.platform == "cpu"
         self._programs: dict[tuple[str, int, int], Compilation] = {}
-        self._nothing_fed: dict[int, jax.Array] = {}
+        self._nothing_fed = cache(lambda size: jax.device_put(np.full(size, -1, np.int32), place))
         self.programs_queued = 0
 
     @property
@@ -71,7 +71,7 @@ class Sampler:
         settings, edits = jax.device_put(host, self._place)
         edited = logits
         if edits:
-            fed = fed if plan.kind == "decode" else self._nothing_fed[rows]
+            fed = fed if plan.kind == "decode" else self._nothing_fed(rows)
             edited = self._run("edit", rows, logits, fed, *edits, width=edits[0].shape[1])
         tokens = self._run("sample", rows, edited, *settings)
         return Chosen(tokens, self._run("logprobs", rows, logits, tokens) if wanted.logprobs else None)
@@ -97,7 +97,6 @@ class Sampler:
             biases = ids, self._like(rows, MAX_BIASED)
             inputs = (logits, ints, history, floats, floats, floats, *biases)
             yield from self._job("edit", rows, sampling.edit_logits, *inputs, width=width)
-        self._nothing_fed[rows] = jax.device_put(np.full(rows, -1, np.int32), self._place)
 
     def prompt_jobs(self, vocab: int) -> Iterator[Job]:
         """What compiles the program for the logits of prompts."""

@@ -7,7 +7,7 @@ nothing of requests: a step tells it pages, slots and lengths.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -45,6 +45,8 @@ ProgramKey = tuple[str, Bucket, AttentionKind | None]
 class AttentionShard:
     """KV pages of `geometry` (this device's share of the heads) on `device`, from `hold` on.
 
+    `jobs` also compiles for a device that is only described.
+
     Args:
         geometry: the shape of this share.
         device: where the pages live and the programs run.
@@ -73,7 +75,7 @@ class AttentionShard:
         self._pieces, self._copies = pieces, copies
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
-        self._windows = [jax.device_put(jnp.int32(window), device) for window in windows]
+        self._window_sizes = windows
         self.pages: list[jax.Array] = []
         self._programs: dict[ProgramKey, Compilation] = {}
 
@@ -101,6 +103,10 @@ class AttentionShard:
         program = self._programs["both", bucket, self._kinds[layer]]
         self.pages[layer], messages = program(self.pages[layer], self._windows[layer], meta, qkv)
         return messages
+
+    @cached_property
+    def _windows(self) -> list[jax.Array]:
+        return [jax.device_put(np.int32(window), self.device) for window in self._window_sizes]
 
     # Compilation ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lamina_jax.engine.placement import bytes_per_device, place_weight, repeat_heads
+from lamina_jax.engine.placement import bytes_per_device, describe_weight, place_weight, repeat_heads
 from lamina_jax.weights.loader import TensorSpec
 
 SPEC = {"name": "weight", "dtype": "float32"}
@@ -41,3 +41,16 @@ def test_a_weight_is_cut_along_its_logical_axis(
     np.testing.assert_array_equal(array, values)
     assert {shard.data.shape for shard in array.addressable_shards} == {share}
     assert bytes_per_device([array, array]) == 2 * 4 * np.prod(share)
+
+
+@pytest.mark.parametrize("axes", [("embed", "kv_heads"), ("kv_heads",), ("mlp", "embed"), ("vocab", "embed")])
+def test_a_described_weight_is_like_the_placed_one(axes: tuple[str, ...]) -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
+    sizes = {"embed": 5, "kv_heads": 6, "mlp": 8, "vocab": 7}
+    values = np.zeros([sizes[axis] for axis in axes], np.float32)
+    spec = TensorSpec(shape=values.shape, axes=axes, **SPEC)
+    placed = place_weight(spec, values, mesh=mesh, head_dim=3, copies=2)
+    described = describe_weight(spec, mesh=mesh, copies=2)
+    assert (described.shape, described.dtype) == (placed.shape, placed.dtype)
+    assert described.sharding == placed.sharding
+    assert bytes_per_device([described]) == bytes_per_device([placed])
