@@ -1,58 +1,56 @@
-"""The benchmarks: `python -m lamina_jax.bench NAME`; each prints a table, and JSON where asked."""
+"""The benchmarks: `python -m lamina_jax.bench NAME`; each prints a table, and JSON where asked.
+
+A benchmark is imported when it is named, and needs no more than it uses itself: `kernels` runs where the
+server's packages are not installed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
+import sys
 from pathlib import Path
 
 import jax
 
-from lamina_jax.benchmarks import (
-    bandwidth,
-    decode,
-    engine,
-    exchange,
-    overlap,
-    partition,
-    perplexity,
-    prefill,
-    sampler,
-    serve,
-    startup,
+BENCHMARKS = (
+    "bandwidth",
+    "decode",
+    "engine",
+    "exchange",
+    "kernels",
+    "overlap",
+    "partition",
+    "perplexity",
+    "prefill",
+    "sampler",
+    "serve",
+    "startup",
 )
-
-BENCHMARKS = {
-    "bandwidth": bandwidth,
-    "decode": decode,
-    "engine": engine,
-    "exchange": exchange,
-    "overlap": overlap,
-    "partition": partition,
-    "perplexity": perplexity,
-    "prefill": prefill,
-    "sampler": sampler,
-    "serve": serve,
-    "startup": startup,
-}
+COMMAND = "python -m lamina_jax.bench"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lamina_jax.bench", description=__doc__)
-    names = parser.add_subparsers(dest="name", required=True)
-    for name, module in BENCHMARKS.items():
-        summary = (module.__doc__ or "").split("\n", 1)[0]
-        sub = names.add_parser(name, help=summary, description=summary)
-        module.add_arguments(sub)
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    args = parser.parse_args()
-    results = BENCHMARKS[args.name].run(args)
+    names = argparse.ArgumentParser(
+        prog=COMMAND,
+        description=(__doc__ or "").split("\n", 1)[0],
+        epilog=f"'{COMMAND} NAME --help' tells what a benchmark measures, and its flags",
+    )
+    names.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
+    name = names.parse_args(sys.argv[1:2]).name
+    benchmark = importlib.import_module(f"lamina_jax.benchmarks.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"{COMMAND} {name}", description=(benchmark.__doc__ or "").split("\n", 1)[0]
+    )
+    benchmark.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    args = parser.parse_args(sys.argv[2:])
+    results = benchmark.run(args)
     if args.json:
         facts = {"jax": jax.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        args.json.write_text(
-            json.dumps({"benchmark": args.name, **facts, "results": results}, indent=2) + "\n"
-        )
+        args.json.write_text(json.dumps({"benchmark": name, **facts, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
