@@ -7,38 +7,71 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from pallas_kernels.paged_attention.contract import Pages, QuantizedPages
 
 __all__ = ["append_kv"]
 
 
 def append_kv(
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     slots: Int32[Array, "T"],
-) -> Shaped[Array, "P 2 K p H"]:
+) -> Pages:
     """`pages` with k and v of T tokens kept in the given slots; the rest is unchanged.
 
     Where `pages` is donated to the program that calls this, XLA writes in place. A program that also reads
     the pages must append first and read the result (with the old context length if the new tokens are
     not to be seen): reading first makes XLA copy the pool.
 
+    Quantised pages get each vector over H with a scale of its own, its largest magnitude by the largest
+    value of the pages' dtype, and the values rounded to the nearest, ties to even. A vector that
+    is not finite stays so in some place.
+
     Args:
-        pages: of the dtype of k and v, or uint16: the bits of a 16-bit dtype.
-        k, v: of one dtype; no conversion takes place.
+        pages: of the dtype of k and v, or uint16: the bits of a 16-bit dtype; or quantised.
+        k, v: of one dtype; no conversion takes place but to quantised pages.
         slots: page * p + offset, each slot at most once; those outside 0 .. P p - 1 are dropped, which is
             how padding is written.
 
     Raises:
         ValueError: dtypes that differ.
     """
-    page_size = pages.shape[3]
     kv = jnp.stack([k, v], axis=1)  # [T, 2, K, H]
+    if isinstance(pages, QuantizedPages):
+        values, scales = quantize(kv, pages.values.dtype)
+        return QuantizedPages(_put(pages.values, values, slots), _put(pages.scales, scales, slots))
     if pages.dtype == jnp.uint16 and kv.dtype.itemsize == 2:
         kv = jax.lax.bitcast_convert_type(kv, jnp.uint16)
     if kv.dtype != pages.dtype:
         raise ValueError(f"k and v are {kv.dtype}, but pages hold {pages.dtype}: convert k and v first")
-    at = pages.at[slots // page_size, :, :, slots % page_size]
+    return _put(pages, kv, slots)
+
+
+def quantize(
+    x: Float[Array, "*shape H"], dtype: DTypeLike
+) -> tuple[Shaped[Array, "*shape H"], Float32[Array, "*shape"]]:
+    """(values, scales) as `QuantizedPages` hold them: int8, float8_e4m3fn, or uint8, the latter's bits."""
+    x = x.astype(jnp.float32)
+    is_int, is_bits = jnp.dtype(dtype) == jnp.int8, jnp.dtype(dtype) == jnp.uint8
+    most = float(jnp.iinfo(jnp.int8).max if is_int else jnp.finfo(jnp.float8_e4m3fn).max)
+    # Not 0 for a vector of zeros, nor for one whose quotient would not be a normal number.
+    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) / most, jnp.finfo(jnp.float32).tiny)
+    # The quotient of the largest magnitude may be just above the largest value.
+    values = jnp.clip(x / scales[..., None], -most, most)
+    if is_int:
+        return jnp.round(values).astype(jnp.int8), scales
+    values = values.astype(jnp.float8_e4m3fn)
+    return (jax.lax.bitcast_convert_type(values, jnp.uint8) if is_bits else values), scales
+
+
+def _put(
+    array: Shaped[Array, "P 2 K p *rest"], new: Shaped[Array, "T 2 K *rest"], slots: Int32[Array, "T"]
+) -> Shaped[Array, "P 2 K p *rest"]:
+    page_size = array.shape[3]
+    at = array.at[slots // page_size, :, :, slots % page_size]
     # A negative slot is outside, too, and must not count from the end.
-    return at.set(kv, mode="drop", wrap_negative_indices=False)
+    return at.set(new, mode="drop", wrap_negative_indices=False)

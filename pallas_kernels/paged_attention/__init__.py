@@ -7,21 +7,27 @@ attention among themselves (the local part), or of merging the two.
 from __future__ import annotations
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.paged_attention.contract import NO_PAGE, check_shapes, logical_dtype
+from pallas_kernels.paged_attention.contract import (
+    NO_PAGE,
+    Pages,
+    QuantizedPages,
+    check_shapes,
+    logical_dtype,
+)
 from pallas_kernels.paged_attention.cpu import paged_attention_cpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 
-__all__ = ["NO_PAGE", "PLATFORMS", "paged_attention"]
+__all__ = ["NO_PAGE", "PLATFORMS", "Pages", "QuantizedPages", "paged_attention"]
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def paged_attention(
     q: Float[Array, "B Q N H"],
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     block_tables: Int32[Array, "B M"],
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
@@ -52,7 +58,8 @@ def paged_attention(
 
     Args:
         q: queries of the new tokens, of any float dtype; query head n reads KV head n // G.
-        pages: K and V; float32, bfloat16 or float16, or the bits of one of the latter two as uint16.
+        pages: K and V; float32, bfloat16 or float16, or the bits of one of the latter two as uint16,
+            [P, 2, K, p, H]; or QuantizedPages.
         block_tables: page ids in 0 .. P - 1; any id where there is no page.
         context_lens: cached tokens of each request, on all workers together; 0 for a row without any.
         page_index: the place of each of those pages in its request.
@@ -60,7 +67,7 @@ def paged_attention(
         window: how far back a token sees, itself included; 2**30 for no window.
         scale: of q . k, before the softcap.
         softcap: scores become softcap * tanh(scores / softcap).
-        dtype: what uint16 pages hold.
+        dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "gpu" or "tpu": the reading written for it (on a gpu XLA's, for now); None: plain
             XLA operators, for any platform. Only "tpu" narrows the shapes (H % 128 = 0, p % 8 = 0 in
             float32, p % 16 = 0 in bfloat16).
@@ -74,14 +81,14 @@ def paged_attention(
         ValueError: shapes, dtypes or a platform that do not fit, named with their values.
     """
     check_shapes(q, pages, block_tables, page_index)
-    operands = (q, pages, block_tables, context_lens, page_index, q_positions, window)
+    where = (block_tables, context_lens, page_index, q_positions, window)
     held = logical_dtype(pages, dtype)
     if platform not in (None, *PLATFORMS):
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}")
     if interpret and platform != "tpu":
         raise ValueError(f"interpret=True needs a Pallas kernel: platform='tpu', got {platform!r}")
-    if platform == "tpu":
-        return paged_attention_tpu(*operands, scale=scale, softcap=softcap, interpret=interpret)
+    if platform == "tpu" and not isinstance(pages, QuantizedPages):
+        return paged_attention_tpu(q, pages, *where, scale=scale, softcap=softcap, interpret=interpret)
     if platform == "cpu":
-        return paged_attention_cpu(*operands, scale=scale, softcap=softcap, dtype=held)
-    return paged_attention_reference(*operands, scale=scale, softcap=softcap, dtype=held)
+        return paged_attention_cpu(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
+    return paged_attention_reference(q, pages, *where, scale=scale, softcap=softcap, dtype=held)

@@ -5,39 +5,86 @@ Knows nothing of how the products are computed, nor on what device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped
 
 NO_PAGE = 2**30
 """A `page_index` that no context reaches: the mark of a block table's entry that holds no page."""
 
 
-def logical_dtype(pages: Shaped[Array, "P 2 K p H"], dtype: DTypeLike | None) -> jnp.dtype:
-    """The float type that `pages` hold: their own, or `dtype` where they keep its bits as uint16."""
+class QuantizedPages(NamedTuple):
+    """K and V in 8 bits: each vector of H is values * scale, the scale per token and KV head.
+
+    Attributes:
+        values: int8, or float8_e4m3fn, or the bits of the latter as uint8.
+        scales: of K and of V; as free to hold anything beyond the context as the values are.
+    """
+
+    values: Shaped[Array, "P 2 K p H"]
+    scales: Float32[Array, "P 2 K p"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[P, 2, K, p, H], as of pages that are one array."""
+        return self.values.shape
+
+
+Pages = Shaped[Array, "P 2 K p H"] | QuantizedPages
+
+
+def logical_dtype(pages: Pages, dtype: DTypeLike | None) -> jnp.dtype:
+    """The type that `pages` hold: their own, or that whose bits they keep as uint16 or uint8.
+
+    Raises:
+        ValueError: another `dtype`, none where bits need one, or an array of a dtype that no pages have.
+    """
+    if isinstance(pages, QuantizedPages):
+        return _quantized_dtype(pages, dtype)
     if pages.dtype == jnp.uint16:
         if dtype is None or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
             raise ValueError(f"pages are uint16 bit patterns: dtype must be bfloat16 or float16, got {dtype}")
         return jnp.dtype(dtype)
     if pages.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"pages must be float32, bfloat16, float16 or uint16 bits, got {pages.dtype}")
-    if dtype is not None and jnp.dtype(dtype) != pages.dtype:
-        raise ValueError(f"pages are {pages.dtype}, but dtype says {jnp.dtype(dtype)}: leave dtype out")
-    return pages.dtype
+        raise ValueError(
+            "pages must be float32, bfloat16, float16 or uint16 bits, or QuantizedPages of 8 bits, "
+            f"got {pages.dtype}"
+        )
+    return _agreed(pages.dtype, dtype)
+
+
+def _quantized_dtype(pages: QuantizedPages, dtype: DTypeLike | None) -> jnp.dtype:
+    stored = pages.values.dtype
+    if stored not in (jnp.int8, jnp.float8_e4m3fn, jnp.uint8) or pages.scales.dtype != jnp.float32:
+        raise ValueError(
+            "quantised pages must be int8, float8_e4m3fn or its bits as uint8, with float32 scales, "
+            f"got {stored} with {pages.scales.dtype}"
+        )
+    return _agreed(jnp.dtype(jnp.float8_e4m3fn) if stored == jnp.uint8 else stored, dtype)
+
+
+def _agreed(held: jnp.dtype, dtype: DTypeLike | None) -> jnp.dtype:
+    if dtype is not None and jnp.dtype(dtype) != held:
+        raise ValueError(f"pages are {held}, but dtype says {jnp.dtype(dtype)}: leave dtype out")
+    return held
 
 
 def check_shapes(
     q: Shaped[Array, "..."],
-    pages: Shaped[Array, "..."],
+    pages: Shaped[Array, "..."] | QuantizedPages,
     block_tables: Shaped[Array, "..."],
     page_index: Shaped[Array, "..."],
 ) -> None:
     """Raises a ValueError that names the first shape that does not fit."""
     if q.ndim != 4:
         raise ValueError(f"q must be [B, Q, N, H], got shape {q.shape}")
-    if pages.ndim != 5 or pages.shape[1] != 2:
+    if len(pages.shape) != 5 or pages.shape[1] != 2:
         raise ValueError(f"pages must be [P, 2, K, p, H], got shape {pages.shape}")
+    if isinstance(pages, QuantizedPages) and pages.scales.shape != pages.shape[:4]:
+        raise ValueError(f"the scales of pages {pages.shape} must be [P, 2, K, p], got {pages.scales.shape}")
     if q.shape[3] != pages.shape[4]:
         raise ValueError(f"q has head dimension {q.shape[3]}, but pages have {pages.shape[4]}")
     if q.shape[2] % pages.shape[2]:
@@ -49,9 +96,26 @@ def check_shapes(
             )
 
 
-def as_float(stored: Shaped[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """Stored pages as the floats that they hold: the same bits."""
-    return jax.lax.bitcast_convert_type(stored, dtype) if stored.dtype == jnp.uint16 else stored
+def as_held(stored: Shaped[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
+    """Stored pages as the numbers that they hold: the same bits."""
+    is_bits = stored.dtype in (jnp.uint16, jnp.uint8)
+    return jax.lax.bitcast_convert_type(stored, dtype) if is_bits else stored
+
+
+def as_bfloat16(values: Shaped[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
+    """Quantised values of any storage, exactly, by integer operations: XLA has none on 8-bit floats that
+    are quick on a CPU. The two patterns of NaN become +-480, so that all are finite."""
+    if values.dtype == jnp.int8:
+        return values.astype(jnp.bfloat16)
+    bits = values if values.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(values, jnp.uint8)
+    wide = bits.astype(jnp.uint16)
+    magnitude, sign = wide & 0x7F, (wide & 0x80) << 8
+    # The exponent's bias is 7 there and 127 here; below 2^-6 a step is 2^-9.
+    subnormal = jax.lax.bitcast_convert_type(
+        (magnitude.astype(jnp.float32) * 2.0**-9).astype(jnp.bfloat16), jnp.uint16
+    )
+    wide = jnp.where(magnitude < 8, subnormal, (magnitude << 4) + (120 << 7))
+    return jax.lax.bitcast_convert_type(wide | sign, jnp.bfloat16)
 
 
 def first_visible(q_positions: Int32[Array, "B Q"], window: Int32[Array, ""] | int) -> Int32[Array, "B Q"]:

@@ -7,16 +7,19 @@ computing all requests per turn, is 2 to 5 times slower. Two virtual devices use
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention import online_softmax
 from pallas_kernels.paged_attention.contract import (
     NO_PAGE,
-    as_float,
+    Pages,
+    QuantizedPages,
+    as_bfloat16,
+    as_held,
     first_visible,
     fold_queries,
     slot_positions,
@@ -43,7 +46,7 @@ class _Request(NamedTuple):
 
 def paged_attention_cpu(
     q: Float[Array, "B Q N H"],
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     block_tables: Int32[Array, "B M"],
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
@@ -54,8 +57,8 @@ def paged_attention_cpu(
     softcap: float | None,
     dtype: jnp.dtype,
 ) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
-    """See `pallas_kernels.paged_attention`. 16-bit pages should come as uint16: XLA on a CPU converts a
-    whole pool of 16-bit floats before it takes a page of it."""
+    """See `pallas_kernels.paged_attention`. 16- and 8-bit floats should come as their bits: XLA on a
+    CPU converts a whole pool of such floats before it takes a page of it."""
     _, Q, N, _ = q.shape
     _, _, K, page_size, _ = pages.shape
     G = N // K
@@ -83,7 +86,7 @@ def paged_attention_cpu(
 def _attend_request(
     request: _Request,
     *,
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     turn_pages: int,
     scale: float,
     softcap: float | None,
@@ -99,12 +102,17 @@ def _attend_request(
         in_context = positions < request.context_len
         visible = in_context[None, :] & (positions[None, :] >= request.first[:, None])  # [R, S]
 
-        kv = _read_pages(pages, table)
-        k = as_float(kv[0], dtype)
-        # What lies beyond the context may be NaN, and 0 x NaN is NaN. On the stored bits, because
-        # selecting among 16-bit floats is slow here; +0 is all zero bits.
-        v = as_float(jnp.where(in_context[None, :, None], kv[1], jnp.zeros((), kv.dtype)), dtype)
-        return online_softmax.attend(state, request.q, k, v, visible[None], scale=scale, softcap=softcap)
+        read = _read_pages(pages, table)
+        k_scale: Float32[Array, "K 1 S"] | float = scale
+        v_scale: Float32[Array, "K 1 S"] | None = None
+        if isinstance(read, QuantizedPages):
+            (k, v), scales = as_bfloat16(read.values), read.scales[:, :, None]
+            k_scale, v_scale = scale * scales[0], _finite(scales[1], in_context)
+        else:
+            k, v = as_held(read[0], dtype), as_held(_finite(read[1], in_context[:, None]), dtype)
+        return online_softmax.attend(
+            state, request.q, k, v, visible[None], scale=k_scale, softcap=softcap, v_scale=v_scale
+        )
 
     turns = (request.stop - request.start + turn_pages - 1) // turn_pages
     state = _varying_like(online_softmax.start(*request.q.shape), pages, *request)
@@ -112,14 +120,25 @@ def _attend_request(
     return o, lse[..., 0]
 
 
-def _read_pages(pages: Shaped[Array, "P 2 K p H"], table: Int32[Array, "M"]) -> Shaped[Array, "2 K S H"]:
-    """Pages side by side. Slices, because a gather is not fused into the products that read it."""
-    one_by_one = [jax.lax.dynamic_index_in_dim(pages, page, keepdims=False) for page in table]
-    return one_by_one[0] if len(one_by_one) == 1 else jnp.concatenate(one_by_one, axis=2)
+def _read_pages(pages: Pages, table: Int32[Array, "M"]) -> Any:
+    """Pages side by side, [2, K, S, H] (of scales [2, K, S]). Slices, because a gather is not fused into
+    the products that read it."""
+
+    def side_by_side(array: Shaped[Array, "P ..."]) -> Shaped[Array, "2 K S ..."]:
+        one_by_one = [jax.lax.dynamic_index_in_dim(array, page, keepdims=False) for page in table]
+        return one_by_one[0] if len(one_by_one) == 1 else jnp.concatenate(one_by_one, axis=2)
+
+    return jax.tree.map(side_by_side, pages)
 
 
-def _varying_like(state: online_softmax.State, *operands: Shaped[Array, "..."]) -> online_softmax.State:
+def _finite(stored: Shaped[Array, "..."], in_context: Bool[Array, "..."]) -> Shaped[Array, "..."]:
+    """0 beyond the context: what lies there may be NaN, and 0 x NaN is NaN. On the stored bits, because
+    selecting among 16-bit floats is slow here; +0 is all zero bits."""
+    return jnp.where(in_context, stored, jnp.zeros((), stored.dtype))
+
+
+def _varying_like(state: online_softmax.State, *operands: Any) -> online_softmax.State:
     """The same values, varying over every mesh axis of a `shard_map` that some operand varies over:
     the type of a loop's carry must be the same before and after a turn."""
-    zero = sum(jnp.zeros_like(operand, shape=(), dtype=jnp.float32) for operand in operands)
+    zero = sum(jnp.zeros_like(operand, shape=(), dtype=jnp.float32) for operand in jax.tree.leaves(operands))
     return jax.tree.map(lambda leaf: leaf + zero, state)

@@ -39,13 +39,15 @@ def attend(
     v: Float[Array, "K S H"],
     visible: Bool[Array, "#K R S"],
     *,
-    scale: float,
+    scale: Float32[Array, "K 1 S"] | float,
     softcap: float | None,
+    v_scale: Float32[Array, "K 1 S"] | None = None,
 ) -> State:
-    """The state after S more keys. v must be finite everywhere; k may be NaN where nothing sees it.
+    """The state after S more keys. v and its scale must be finite everywhere; k and `scale` may be NaN
+    where nothing sees them.
 
     Products are taken in the dtype of k and v (q and the probabilities are rounded to it) and summed
-    in float32.
+    in float32. The scale of a quantised k is a factor of `scale`; that of v goes into the probabilities.
     """
     precision = jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
     scores = scale * jnp.einsum(
@@ -58,8 +60,9 @@ def attend(
     maximum = jnp.maximum(state.maximum, jnp.max(scores, axis=-1, keepdims=True))
     shrink = jnp.exp(state.maximum - maximum)
     weights = jnp.exp(scores - maximum)
+    of_v = weights if v_scale is None else weights * v_scale
     seen = jnp.einsum(
-        "KRS,KSH->KRH", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        "KRS,KSH->KRH", of_v.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
     )
     return State(
         maximum=maximum,

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.paged_attention.contract import as_float, first_visible, slot_positions
+from pallas_kernels.paged_attention.contract import (
+    Pages,
+    QuantizedPages,
+    as_held,
+    first_visible,
+    slot_positions,
+)
 
 
 def paged_attention_reference(
     q: Float[Array, "B Q N H"],
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     block_tables: Int32[Array, "B M"],
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
@@ -32,7 +38,7 @@ def paged_attention_reference(
     S = block_tables.shape[1] * page_size
 
     # [B, M, 2, K, p, H] -> [B, 2, K, S, H] with S = M p
-    cached = as_float(pages[block_tables], dtype).astype(jnp.float32)
+    cached = _gather(pages, block_tables, dtype)
     k, v = jnp.moveaxis(cached.transpose(0, 2, 3, 1, 4, 5).reshape(B, 2, K, S, H), 1, 0)
 
     positions = slot_positions(page_index, context_lens, page_size)  # [B, S]
@@ -52,3 +58,12 @@ def paged_attention_reference(
     weights = jnp.exp(scores - jnp.where(seen, lse[..., None], 0.0))
     o = jnp.einsum("BQKGS,BKSH->BQKGH", weights, v, precision=jax.lax.Precision.HIGHEST)
     return o.reshape(B, Q, N, H), lse.reshape(B, Q, N)
+
+
+def _gather(
+    pages: Pages, block_tables: Int32[Array, "B M"], dtype: jnp.dtype
+) -> Float32[Array, "B M 2 K p H"]:
+    if isinstance(pages, QuantizedPages):
+        values = as_held(pages.values[block_tables], dtype).astype(jnp.float32)
+        return values * pages.scales[block_tables][..., None]
+    return as_held(pages[block_tables], dtype).astype(jnp.float32)

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 from jax.typing import DTypeLike
 
-from pallas_kernels import NO_PAGE, paged_attention
+from pallas_kernels import NO_PAGE, QuantizedPages, paged_attention
 
 NO_WINDOW = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The operands as numpy arrays; q and pages already rounded to the dtype under test."""
+    """The operands as numpy arrays; q and pages already rounded to the dtype under test. Pages are one
+    array, or two: `QuantizedPages`."""
 
     q: np.ndarray
-    pages: np.ndarray
+    pages: Any
     block_tables: np.ndarray
     context_lens: np.ndarray
     page_index: np.ndarray
@@ -38,7 +41,7 @@ class Case:
     @property
     def operands(self) -> tuple[jnp.ndarray, ...]:
         arrays = (self.q, self.pages, self.block_tables, self.context_lens, self.page_index, self.q_positions)
-        return (*map(jnp.asarray, arrays), jnp.int32(self.window))
+        return (*jax.tree.map(jnp.asarray, arrays), jnp.int32(self.window))
 
     @property
     def options(self) -> dict[str, float | None]:
@@ -97,6 +100,22 @@ def make_case(
     )
 
 
+def quantized(case: Case, stored: DTypeLike) -> Case:
+    """The same case with its pages rounded to int8, float8_e4m3fn or uint8, the bits of the latter. What
+    must not be seen is NaN in the scales, and in the values where they can be."""
+    pages = np.asarray(case.pages, np.float32)
+    empty = np.isnan(pages).all(axis=-1)
+    largest = np.abs(np.where(empty[..., None], 0, pages)).max(axis=-1)
+    if stored == np.int8:
+        scales = np.where(largest > 0, largest, 1) / np.float32(127)
+        values = np.rint(np.where(empty[..., None], 77, pages / scales[..., None])).astype(np.int8)
+    else:
+        scales = np.where(largest > 0, largest, 1) / np.float32(448)
+        values = (pages / scales[..., None]).astype(ml_dtypes.float8_e4m3fn)
+        values = values.view(stored)
+    return replace(case, pages=QuantizedPages(values, np.where(empty, np.nan, scales).astype(np.float32)))
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, int]:
     return {
@@ -149,12 +168,21 @@ def expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cached_tokens(case: Case, b: int) -> Iterator[tuple[int, np.ndarray]]:
-    page_size = case.pages.shape[3]
+    vectors, page_size = dequantized(case.pages), case.pages.shape[3]
     for page, place in zip(case.block_tables[b], case.page_index[b], strict=True):
         for offset in range(page_size):
             position = int(place) * page_size + offset
             if position < case.context_lens[b]:
-                yield position, case.pages[page, :, :, offset].astype(np.float64)
+                yield position, vectors[page, :, :, offset]
+
+
+def dequantized(pages: Any) -> np.ndarray:
+    """K and V in float64."""
+    if not isinstance(pages, QuantizedPages):
+        return np.asarray(pages).astype(np.float64)
+    values, scales = map(np.asarray, pages)
+    values = values.view(ml_dtypes.float8_e4m3fn) if values.dtype == np.uint8 else values
+    return values.astype(np.float64) * scales[..., None].astype(np.float64)
 
 
 def attend(case: Case, **options: object) -> tuple[jax.Array, jax.Array]:

@@ -143,7 +143,7 @@ def test_request_split_over_devices() -> None:
             {},
             r"must be bfloat16 or float16, got None",
         ),
-        ({"pages": np.zeros((4, 2, 2, 8, 16), np.int8)}, {}, r"or uint16 bits, got int8"),
+        ({"pages": np.zeros((4, 2, 2, 8, 16), np.int8)}, {}, r"or QuantizedPages of 8 bits, got int8"),
         ({"pages": np.zeros((4, 2, 3, 8, 16), np.float32)}, {}, r"4 query heads cannot share 3 KV heads"),
     ],
 )
