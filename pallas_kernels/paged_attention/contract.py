@@ -110,11 +110,13 @@ def as_bfloat16(values: Shaped[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
     bits = values if values.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(values, jnp.uint8)
     wide = bits.astype(jnp.uint16)
     magnitude, sign = wide & 0x7F, (wide & 0x80) << 8
-    # The exponent's bias is 7 there and 127 here; below 2^-6 a step is 2^-9.
-    subnormal = jax.lax.bitcast_convert_type(
-        (magnitude.astype(jnp.float32) * 2.0**-9).astype(jnp.bfloat16), jnp.uint16
+    # The exponent's bias is 7 there and 127 here. Below 2^-6 a step is 2^-9; here those are normal.
+    normal = (magnitude << 4) + (120 << 7)
+    two_to_seven = jnp.where(
+        magnitude < 4, (119 << 7) + ((magnitude & 1) << 6), (120 << 7) + ((magnitude & 3) << 5)
     )
-    wide = jnp.where(magnitude < 8, subnormal, (magnitude << 4) + (120 << 7))
+    subnormal = jnp.where(magnitude < 2, magnitude * (118 << 7), two_to_seven)
+    wide = jnp.where(magnitude < 8, subnormal, normal)
     return jax.lax.bitcast_convert_type(wide | sign, jnp.bfloat16)
 
 

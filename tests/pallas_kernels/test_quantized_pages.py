@@ -130,7 +130,7 @@ def any_case(draw: st.DrawFn) -> Case:
     return dataclasses.replace(case, softcap=draw(st.sampled_from([None, 3.0])))
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(case=any_case(), platform=st.sampled_from(["cpu", None]), stored=st.sampled_from(STORED))
 def test_any_shape_equals_numpy(case: Case, platform: str | None, stored: np.dtype) -> None:
     check(quantized(case, stored), attend(quantized(case, stored), platform=platform), tolerance=2e-2)
