@@ -1,4 +1,4 @@
-"""Decode speed: disaggregated beside collocated, and beside transformers on torch where that is at hand.
+"""Decode speed: disaggregated beside collocated, and beside transformers and llama.cpp where at hand.
 
 The KV cache is filled, not prefilled. Every column is a process of its own, and all are timed in turn
 (`lamina_jax.benchmarks.columns`); where memory does not hold all of them at once, one after the other.
@@ -31,7 +31,9 @@ from lamina_jax.benchmarks.columns import (
 )
 from lamina_jax.benchmarks.reference import (
     NO_REFERENCE,
+    add_llama_batched_bench,
     add_reference_python,
+    llama_cpp_command,
     reference_command,
     reference_python,
 )
@@ -40,6 +42,7 @@ from lamina_jax.weights.hub import find_model
 
 ONE, TWO, SPLIT = COLUMNS
 TRANSFORMERS = "transformers"
+LLAMA_CPP = "llama.cpp"
 
 GOALS: dict[tuple[str, str], dict[int, float]] = {
     (ONE, TRANSFORMERS): {128: 1.8, 1024: 3.0},
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
     add_reference_python(parser)
+    add_llama_batched_bench(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,14 +113,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.quick:
         batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
     engines = CHOICES if args.choices else {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
-    reference = None if args.choices else reference_python(args.reference_python)
-    if reference is None and not args.choices:
+    if not args.choices and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
-            comparison = Comparison(folder, dtype, engines, reference)
+            found = find_model(folder)
+            outside = {} if args.choices else outside_commands(args, found, dtype, Path(scratch))
+            comparison = Comparison(found, dtype, engines, outside)
             for cell, timings in comparison.measure(cells, args.rounds, seconds):
                 rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
@@ -127,25 +132,43 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def outside_commands(
+    args: argparse.Namespace, folder: Path, dtype: str, scratch: Path
+) -> dict[str, list[str]]:
+    """What starts each column that is no engine of ours and is at hand; their files go to `scratch`."""
+    commands = {}
+    if (python := reference_python(args.reference_python)) is not None:
+        settings = {"model": str(folder), "dtype": dtype}
+        commands[TRANSFORMERS] = reference_command(python, "transformers_worker.py", settings)
+    if args.llama_batched_bench is not None:
+        gguf = Path(tempfile.mkdtemp(dir=scratch)) / f"{dtype}.gguf"
+        commands[LLAMA_CPP] = llama_cpp_command(args.llama_batched_bench, folder, dtype, gguf)
+    return commands
+
+
 class Comparison:
     """The columns of one model.
 
     Args:
-        model: a folder, or "bundled".
+        folder: of the model.
         dtype: of weights and cache.
         engines: the settings of each column that is an engine of ours.
-        reference: a Python that has torch and transformers; None: no such column.
+        outside: what starts each column that is not.
     """
 
     def __init__(
-        self, model: str, dtype: str, engines: Mapping[str, dict[str, Any]], reference: str | None
+        self,
+        folder: Path,
+        dtype: str,
+        engines: Mapping[str, dict[str, Any]],
+        outside: Mapping[str, list[str]],
     ) -> None:
-        self._folder, self._dtype = find_model(model), dtype
-        self._engines, self._reference = engines, reference
+        self._folder, self._dtype = folder, dtype
+        self._engines, self._outside = engines, outside
 
     @property
     def names(self) -> list[str]:
-        return [*self._engines, *([TRANSFORMERS] if self._reference else [])]
+        return [*self._engines, *self._outside]
 
     def measure(
         self, cells: Sequence[Cell], rounds: int, seconds: float
@@ -184,10 +207,8 @@ class Comparison:
                 yield cell, dict(zip(names, timings, strict=True))
 
     def _command(self, name: str, cells: Sequence[Cell]) -> list[str]:
-        if name == TRANSFORMERS:
-            assert self._reference is not None
-            settings = {"model": str(self._folder), "dtype": self._dtype}
-            return reference_command(self._reference, "transformers_worker.py", settings)
+        if name in self._outside:
+            return self._outside[name]
         batch, context = (max(sizes) for sizes in zip(*cells, strict=True))
         common = {
             "model": str(self._folder),
@@ -209,13 +230,15 @@ def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str
         return f"needs {timings / 2**30:.0f} GB, more than {MEMORY_SHARE:.0%} of what is free: not run"
     lines = [format_decode(rows)]
     if TRANSFORMERS in timings:
-        lines.append(f"transformers: its {timings[TRANSFORMERS][0]['cache']} cache, the faster one")
+        lines.append(f"{TRANSFORMERS}: its {timings[TRANSFORMERS][0]['cache']} cache, the faster one")
+    if LLAMA_CPP in timings:
+        lines.append(f"{LLAMA_CPP}: its generation only; CPUs used are of its loading and prefill, too")
     return "\n".join(lines)
 
 
 def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of one cell as text."""
-    others = [other for other in (ONE, TRANSFORMERS) if other in rows[0]["ratios"]]
+    others = [other for other in (ONE, TRANSFORMERS, LLAMA_CPP) if other in rows[0]["ratios"]]
     return format_rows(rows, others or [SPLIT])
 
 

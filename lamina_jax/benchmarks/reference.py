@@ -1,10 +1,11 @@
-"""The outside reference of benchmarks: torch and transformers, in this Python or in another one."""
+"""The outside references of benchmarks: llama.cpp; torch and transformers, in this Python or another one."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,30 @@ def reference_command(python: str, script: str, settings: dict[str, Any]) -> lis
     """What starts a script of this folder in another Python, where lamina_jax need not be installed."""
     # -P: the modules beside the script are not its own, and have the names of others.
     return [python, "-P", str(Path(__file__).with_name(script)), json.dumps(settings)]
+
+
+def add_llama_batched_bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--llama-batched-bench",
+        metavar="PATH",
+        type=_batched_bench,
+        help="llama.cpp's tool of that name, to compare with; of what it does only the generation (S_TG) is "
+        "timed, not its prefill (default: no such column)",
+    )
+
+
+def _batched_bench(path: str) -> str:
+    found = shutil.which(path)
+    if found is None:
+        raise ArgumentTypeError(f"there is no program {path!r}: build llama.cpp's target llama-batched-bench")
+    if find_spec("gguf") is None:
+        raise ArgumentTypeError(
+            "this Python has no gguf to write the model with: pip install 'lamina_jax[bench]'"
+        )
+    return found
+
+
+def llama_cpp_command(tool: str, model: Path, dtype: str, gguf: Path) -> list[str]:
+    """What starts llama.cpp as a column; see `lamina_jax.benchmarks.llama_cpp_worker` for the settings."""
+    settings = {"tool": tool, "model": str(model), "dtype": dtype, "gguf": str(gguf)}
+    return [sys.executable, "-m", "lamina_jax.benchmarks.llama_cpp_worker", json.dumps(settings)]

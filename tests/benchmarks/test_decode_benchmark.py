@@ -13,7 +13,7 @@ from tiny_models import TINY, save_random
 from lamina_jax.benchmarks import columns, decode
 from lamina_jax.benchmarks.cells import PROCESS_BYTES, Cell, Footprint, fit, footprint
 from lamina_jax.benchmarks.columns import Column
-from lamina_jax.benchmarks.decode import ONE, SPLIT, TRANSFORMERS, TWO
+from lamina_jax.benchmarks.decode import LLAMA_CPP, ONE, SPLIT, TRANSFORMERS, TWO
 
 
 def test_a_footprint_counts_weights_and_pages(tmp_path):
@@ -110,15 +110,17 @@ class FakeColumn(Column):
         self.alive.remove(self.name)
 
 
-@pytest.mark.parametrize(("memory", "at_once"), [(1e12, 4), (2e9, 1)])
+@pytest.mark.parametrize(("memory", "at_once"), [(1e12, 5), (2e9, 1)])
 def test_columns_are_alive_together_where_memory_holds_them(tmp_path, monkeypatch, memory, at_once):
     monkeypatch.setattr(decode, "host_memory", lambda: int(memory))
     monkeypatch.setattr(decode, "Column", FakeColumn)
     FakeColumn.alive = set()
     folder = str(save_random(tmp_path))
     flags = ["--model", folder, "--batch", "4", "--context", "64", "--dtype", "bfloat16", "--rounds", "2"]
-    results = decode.run(parsed(*flags, "--reference-python", "python"))
-    assert [row["column"] for row in results] == [ONE, TWO, SPLIT, TRANSFORMERS]
+    args = parsed(*flags, "--reference-python", "python")
+    args.llama_batched_bench = "llama-batched-bench"
+    results = decode.run(args)
+    assert [row["column"] for row in results] == [ONE, TWO, SPLIT, TRANSFORMERS, LLAMA_CPP]
     assert max(row["cpus"] for row in results) == at_once
     assert not FakeColumn.alive
 

@@ -1,0 +1,102 @@
+"""The column `llama.cpp` of `bench decode`: llama.cpp's own `llama-batched-bench`, started for each timing.
+
+`python -m lamina_jax.benchmarks.llama_cpp_worker SETTINGS` (JSON: `tool`, its path; `model`, a folder;
+`dtype`; `gguf`, the file that is written of the model unless it is there) prints "ready" and then, for every
+line {"steps": n, "batch": b, "context": c} that it reads, what so many decode steps took as a line of JSON.
+
+The tool loads the model and fills the cache by a prefill of its own, of one request whose cache it copies to
+the others; only its generation is timed. Its context grows by a token per step. One thread per core; "cpus"
+is of the tool's whole run, since it does not tell its parts apart. It ends with this process, and that with
+the one that started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.gguf_file import write_gguf
+from lamina_jax.cluster.pin import die_with
+
+CACHE_PADDING = 256
+"""llama.cpp gives every request a cache of a multiple of so many tokens."""
+
+CACHE_TYPES = {"float32": "f32", "bfloat16": "f16"}
+"""Of each dtype of the weights: of two bytes llama.cpp has float16, its default, in its fastest attention."""
+
+
+def main() -> None:
+    die_with(os.getppid())
+    settings = json.loads(sys.argv[1])
+    file = Path(settings["gguf"])
+    if not file.exists():
+        write_gguf(Path(settings["model"]), settings["dtype"], file)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        command = tool_command(
+            settings["tool"], file, settings["dtype"], asked["batch"], asked["context"], asked["steps"]
+        )
+        print(json.dumps(timed(command)), flush=True)
+
+
+def tool_command(tool: str, file: Path, dtype: str, batch: int, context: int, steps: int) -> list[str]:
+    """What decodes `steps` tokens of `batch` requests with `context` cached tokens each."""
+    cache = batch * -(-(context + steps) // CACHE_PADDING) * CACHE_PADDING
+    threads = len(os.sched_getaffinity(0))
+    flags = {
+        "-m": file,
+        "-c": cache,
+        "-npp": context,
+        "-ntg": steps,
+        "-npl": batch,
+        "-t": threads,
+        "-tb": threads,
+        "-ctk": CACHE_TYPES[dtype],
+        "-ctv": CACHE_TYPES[dtype],
+        "--output-format": "jsonl",
+    }
+    return [tool, "-pps", *(str(part) for flag in flags.items() for part in flag)]
+
+
+def timed(command: list[str]) -> dict[str, Any]:
+    """Run the tool; what its generation took.
+
+    Raises:
+        SystemExit: it failed, or printed no result.
+    """
+    bound = [sys.executable, "-m", "lamina_jax.cluster.pin", "--parent", str(os.getpid()), "--", *command]
+    started, cpu = time.perf_counter(), _children_seconds()
+    # Without a deadline of its own: whoever asked has one, and this process ends with it.
+    tool = subprocess.run(bound, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    cpus = (_children_seconds() - cpu) / (time.perf_counter() - started)
+    results = [json.loads(line) for line in tool.stdout.splitlines() if line.startswith("{")]
+    if tool.returncode or len(results) != 1:
+        last = "\n".join(tool.stderr.splitlines()[-5:])
+        raise SystemExit(
+            f"{' '.join(command)}: exit code {tool.returncode}, {len(results)} results where one is "
+            f"expected; the last that it said:\n{last}"
+        )
+    (result,) = results
+    return {
+        "tokens_per_second": result["speed_tg"],
+        "seconds": result["t_tg"],
+        "steps": result["tg"],
+        "cpus": cpus,
+    }
+
+
+def _children_seconds() -> float:
+    """Processor time of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    main()
