@@ -1,0 +1,118 @@
+"""The columns of `bench kernels`: every kernel that runs on this machine, and the pools that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import jax
+
+from lamina_jax.benchmarks import shipped_kernels, torch_kernels
+from lamina_jax.benchmarks.kernel_passes import (
+    Cell,
+    Pass,
+    Pool,
+    Shape,
+    Step,
+    empty_step,
+    make_pool,
+    paged_step,
+)
+from lamina_jax.compilation import num_cores
+from lamina_jax.devices import choose_worker_devices
+
+PASS_BYTES = 256 << 20
+"""What a pass reads at least, where memory allows: several times what caches hold."""
+
+OTHERS_DTYPE = "bfloat16"
+"""The only one that the kernels of others are timed with."""
+
+
+class Column(NamedTuple):
+    """A kernel with a cache of one dtype, and how to make its pass for a cell."""
+
+    name: str
+    dtype: str
+    make: Callable[[Cell], Pass]
+
+
+def find_devices(kv_heads: int) -> tuple[jax.Device, ...]:
+    """One accelerator, or as many virtual devices of the CPU as it has cores and as share the heads evenly:
+    what attention runs on in an engine of this machine."""
+    devices = choose_worker_devices(None)
+    if devices[0].platform != "cpu":
+        return devices[:1]
+    most = min(num_cores(), len(devices), kv_heads)
+    return devices[: max(n for n in range(1, most + 1) if kv_heads % n == 0)]
+
+
+class Columns:
+    """Pools of `num_pages` for each dtype and kernel; they are filled when a cell first needs them.
+
+    Args:
+        cells: those wanted. The pools are as large as the largest that fits needs, and at least PASS_BYTES.
+        memory: bytes for all pools together.
+
+    Attributes:
+        cells: of those wanted, the ones that fit.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtypes: Sequence[str],
+        devices: Sequence[jax.Device],
+        cells: Sequence[Cell],
+        memory: int,
+    ) -> None:
+        self.shape, self._dtypes, self._devices = shape, dtypes, devices
+        self._pools: dict[tuple[str, int], Pool] = {}
+        self._kernels = _kernels(devices)
+        self._others = OTHERS_DTYPE in dtypes and devices[0].platform != "cpu"
+        token = sum(shape.token_bytes(dtype) for dtype in dtypes) * len(set(self._kernels.values()))
+        token += self._others * shape.token_bytes(OTHERS_DTYPE)
+        page_bytes = min(map(shape.token_bytes, dtypes)) * shape.page_size
+        most = memory // (token * shape.page_size)
+        self.cells = [cell for cell in cells if cell.pages(shape.page_size) <= most]
+        needed = max((cell.pages(shape.page_size) for cell in self.cells), default=0)
+        self.num_pages = max(needed, min(most, -(-PASS_BYTES // page_bytes)))
+
+    def ours(self) -> Iterator[Column]:
+        """Each reading of `pallas_kernels.paged_attention` with each dtype."""
+        for kernel, dtype in product(self._kernels, self._dtypes):
+            yield Column(kernel, dtype, partial(self._pass, kernel, dtype, paged_step(dtype, kernel)))
+
+    def nothing(self, column: Column) -> Column:
+        """In the place of one of ours: calls that read no pages."""
+        return column._replace(make=partial(self._pass, column.name, column.dtype, empty_step))
+
+    def others(self) -> Iterator[Column]:
+        """The kernels of others; making a pass raises ImportError where one is not installed."""
+        if self._others:
+            yield Column(shipped_kernels.NAME, OTHERS_DTYPE, self._shipped)
+        if self._others and self._devices[0].platform == "gpu":
+            for name, calls in torch_kernels.KERNELS.items():
+                make = partial(torch_kernels.make_pass, name, calls, self.shape, PASS_BYTES)
+                yield Column(name, OTHERS_DTYPE, make)
+
+    def _pass(self, kernel: str, dtype: str, step: Step, cell: Cell) -> Pass:
+        return self._pool(kernel, dtype).make_pass(kernel, cell, step)
+
+    def _pool(self, kernel: str, dtype: str) -> Pool:
+        devices = self._kernels[kernel]
+        if (dtype, devices) not in self._pools:
+            pool = make_pool(self.shape, dtype, self.num_pages, self._devices[:devices])
+            self._pools[dtype, devices] = pool
+        return self._pools[dtype, devices]
+
+    def _shipped(self, cell: Cell) -> Pass:
+        return shipped_kernels.make_pass(self._pool(next(iter(self._kernels)), OTHERS_DTYPE), cell)
+
+
+def _kernels(devices: Sequence[jax.Device]) -> dict[str, int]:
+    """Those of `pallas_kernels.paged_attention` that run here, by how many devices they run on: XLA uses one
+    core for an attention loop, so a CPU's cores are as many devices to it."""
+    platform = devices[0].platform
+    return {platform: len(devices)}
