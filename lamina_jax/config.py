@@ -52,7 +52,8 @@ class EngineConfig:
         placement: "disaggregated" (layers on the compute mesh, attention and KV cache on the memory
             mesh) or "collocated" (one program per step on the compute mesh).
         dtype: of weights and activations; "auto" takes the checkpoint's (bfloat16 for float16).
-        kv_dtype: of the KV pages; "auto" takes that of the activations.
+        kv_dtype: of the KV pages; "auto" takes that of the activations. int8 and fp8 (e4m3) keep a scale
+            with each token's k and v of each head.
         max_model_len: longest prompt + continuation in tokens; None takes the model's own limit.
         max_num_seqs: requests decoded at once.
         max_waiting: requests that wait for that, each of a prompt's n choices being one; more are refused.
@@ -85,7 +86,7 @@ class EngineConfig:
     model: str = "bundled"
     placement: Literal["disaggregated", "collocated"] = "disaggregated"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_dtype: Literal["auto", "bf16", "int8", "fp8", "float32", "bfloat16"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
     max_waiting: int = 1024

@@ -37,7 +37,7 @@ from lamina_jax.weights.tokenizer import load_tokenizer
 PLACEMENTS = "disaggregated", "collocated"
 """In this order: the first engine decides how many virtual CPU devices there are, and it needs more."""
 
-KV_DTYPES = "float32", "bfloat16"
+KV_DTYPES = "float32", "bfloat16", "int8", "fp8"
 REFERENCE_SECONDS = 3600.0
 
 

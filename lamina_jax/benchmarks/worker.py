@@ -130,12 +130,14 @@ def prefill_plans(config: SchedulerConfig, length: int) -> list[Step]:
     return plans
 
 
+_HELD_AS_BITS = {"uint16": jnp.bfloat16, "uint8": jnp.float8_e4m3fn}
+
+
 def _random_pages(pages: jax.Array) -> jax.Array:
-    """Normal values in the pages' own storage: bfloat16 bits where they are uint16."""
+    """Normal values in the pages' own storage, be it that of the bits of floats. So are the scales of
+    quantised pages: what there is to compute stays finite."""
     block = np.random.default_rng(0).normal(size=pages.shape[1:]).astype(np.float32)
-    values = (
-        block.astype(jnp.bfloat16).view(np.uint16) if pages.dtype == jnp.uint16 else block.astype(pages.dtype)
-    )
+    values = block.astype(_HELD_AS_BITS.get(pages.dtype.name, pages.dtype)).view(pages.dtype)
     return jax.device_put(np.broadcast_to(values, pages.shape), pages.sharding)
 
 

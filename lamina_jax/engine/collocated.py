@@ -28,9 +28,10 @@ from lamina_jax.engine.sampling import Logprobs
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
-from lamina_jax.pool.shard import kernel_platform, storage_dtype
+from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct
+from lamina_jax.pool.shard import kernel_platform
 from lamina_jax.slicing import Attention, Port, Sliced, Stage
-from pallas_kernels import append_kv, paged_attention
+from pallas_kernels import Pages, paged_attention
 
 _Result = tuple[MicrobatchPlan, Chosen | None, list[Logprobs]]
 
@@ -65,7 +66,7 @@ class CollocatedRunner:
         self._replicated = NamedSharding(mesh, P())
         self._by_head = NamedSharding(mesh, P(None, None, "tensor"))
         self._weights = tuple(jax.tree.leaves(params))
-        self.pages: list[jax.Array] = []
+        self.pages: list[Pages] = []
         self._programs: dict[tuple[Bucket, bool], Compilation] = {}
         self._prompts: dict[Bucket, Compilation] = {}
         self._last: dict[int, jax.Array] = {}
@@ -92,9 +93,9 @@ class CollocatedRunner:
         }
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
-        """Replace the pages of every layer; for benchmarks that do not prefill."""
+        """Replace every array of pages by `fill` of it; for benchmarks that do not prefill."""
         for layer, pages in enumerate(self.pages):  # one by one: two pools may not fit
-            self.pages[layer] = fill(pages)
+            self.pages[layer] = jax.tree.map(fill, pages)
 
     @property
     def footprint(self) -> Footprint:
@@ -116,7 +117,7 @@ class CollocatedRunner:
         step = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
         weights = tuple(like(weight) for weight in self._weights)
         inputs = (
-            [self._pages_struct()] * self._geometry.num_layers,
+            [pages_struct(self._geometry, self._by_head)] * self._geometry.num_layers,
             weights,
             struct(self._rows),
             struct(rows),
@@ -176,18 +177,9 @@ class CollocatedRunner:
         if num_pages != self._geometry.num_pages:
             self._geometry = replace(self._geometry, num_pages=num_pages)
             self._programs.clear()
-        pages = self._pages_struct()
-        zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=self._by_head)
-        made = zeros.lower().compile()
-        self.pages = [made() for _ in range(self._geometry.num_layers)]
+        self.pages = make_pages(self._geometry, self._by_head)
 
-    def _pages_struct(self) -> jax.ShapeDtypeStruct:
-        g = self._geometry
-        shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
-        dtype = storage_dtype(g.dtype, self._mesh.devices.flat[0].platform)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._by_head)
-
-    def _attend(self, attention: Attention, q: jax.Array, pages: jax.Array, meta: StepMetadata) -> Part:
+    def _attend(self, attention: Attention, q: jax.Array, pages: Pages, meta: StepMetadata) -> Part:
         """The cached part of q[B, Q, N, H], each device for its own KV heads."""
         kernel = partial(
             paged_attention,
@@ -215,14 +207,14 @@ def _step(
     attend: Callable[..., Part] | None,
     mesh: Mesh,
     kv_dtype: str,
-    pages: list[jax.Array],
+    pages: list[Pages],
     weights: Arrays,
     last: jax.Array,
     feedback: jax.Array,
     tokens: jax.Array,
     logits_at: jax.Array,
     meta: StepMetadata,
-) -> tuple[list[jax.Array], jax.Array, jax.Array, Arrays]:
+) -> tuple[list[Pages], jax.Array, jax.Array, Arrays]:
     """The pages after the step, the logits, tokens[T], and what the last slice reads beside its arguments."""
     if attend is not None and bucket[1] == 1:
         tokens = feed_tokens(last, feedback, tokens)
@@ -233,8 +225,8 @@ def _step(
         stage = sliced.slices[layer].fused
         out = dict(zip(stage.outputs, stage.fn(*map(values.__getitem__, stage.inputs)), strict=True))
         q, k, v = (x.reshape(*bucket, *x.shape[1:]) for x in (out[Port("q")], out[Port("k")], out[Port("v")]))
-        flat_k, flat_v = out[Port("k")].astype(kv_dtype), out[Port("v")].astype(kv_dtype)
-        pages[layer] = append_kv(pages[layer], flat_k, flat_v, meta.slots.reshape(-1))
+        flat_kv = out[Port("k")], out[Port("v")]
+        pages[layer] = keep_kv(pages[layer], *flat_kv, meta.slots.reshape(-1), dtype=kv_dtype)
         window = jnp.int32(attention.window)
         parts = [local_part(q, k, v, scale=attention.scale, window=window, softcap=attention.softcap)]
         if attend is not None:

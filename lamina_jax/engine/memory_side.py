@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import jax
 from jax.sharding import Mesh
 
 from lamina_jax.compilation import Job
@@ -161,7 +162,8 @@ class LocalMemory:
         return DisaggregatedRunner(compute, exchange, overlap=overlap)
 
     def page_devices(self) -> list[str]:
-        return sorted({str(d) for shard in self._shards for pages in shard.pages for d in pages.devices()})
+        arrays = jax.tree.leaves([shard.pages for shard in self._shards])
+        return sorted({str(device) for array in arrays for device in array.devices()})
 
     def _make_shards(self, plan: CachePlan) -> None:
         share = plan.geometry.share(plan.table.workers)

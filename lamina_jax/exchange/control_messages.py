@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from lamina_jax.config import ConfigError
+from lamina_jax.pool.geometry import KV_BYTES
 from lamina_jax.pool.spec import WorkerSpec
 
 SERVICE = "lamina_jax.Pool"
@@ -98,7 +99,7 @@ def _check_spec(spec: WorkerSpec) -> None:
     g = spec.geometry
     for name, value in [*vars(g).items(), *vars(spec).items()]:
         if name.endswith("dtype"):
-            _check(value in ("float32", "bfloat16"), name, value)
+            _check(value in (KV_BYTES if name == "dtype" else ("float32", "bfloat16")), name, value)
         elif type(value) is int:
             _check(0 < value < 1 << 32, name, value)
     for name in ("windows", "scales", "softcaps"):

@@ -54,10 +54,10 @@ class LocalExchange:
         return LocalStep(self, targets)
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
-        """Replace the pages of every layer and device by `fill` of them; for benchmarks."""
+        """Replace every array of pages, of each layer and device, by `fill` of it; for benchmarks."""
         for shard in self.shards:
             for layer, pages in enumerate(shard.pages):  # one by one: two pools may not fit
-                shard.pages[layer] = fill(pages)
+                shard.pages[layer] = jax.tree.map(fill, pages)
 
 
 @dataclass(frozen=True)

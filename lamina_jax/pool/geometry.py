@@ -1,6 +1,6 @@
 """The shape of the paged KV cache, and who holds which heads. No jax here.
 
-One array per layer, [P, 2, K, p, H]: a page id means the same slot in every layer. The cache is
+Each layer's pages are [P, 2, K, p, H]: a page id means the same slot in every layer. The cache is
 partitioned by KV head over the devices of the memory mesh (paper 5).
 """
 
@@ -14,13 +14,19 @@ from lamina_jax.config import ConfigError, EngineConfig
 if TYPE_CHECKING:
     from lamina_jax.models import ModelConfig
 
+KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+"""Of one value in the pages, by dtype; those of one byte come with a scale."""
+
+SCALE_BYTES = 4
+"""Of the float32 scale that a k or v vector of one token and head has in quantised pages."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
     """L layers, P pages, p tokens per page, K KV heads and N query heads of size H.
 
-    `dtype` is the logical dtype of k and v in the pages, `wire_dtype` that of q, k, v and o as they come
-    and go (the activations'): "float32" or "bfloat16".
+    `dtype` is the logical dtype of k and v in the pages, one of `KV_BYTES`; `wire_dtype` that of q, k, v
+    and o as they come and go (the activations'): "float32" or "bfloat16".
     """
 
     num_layers: int
@@ -39,11 +45,13 @@ class CacheGeometry:
 
     @property
     def bytes_per_token_and_layer(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        vector = self.head_dim * KV_BYTES[self.dtype] + (SCALE_BYTES if self.is_quantized else 0)
+        return 2 * self.num_kv_heads * vector
 
     @property
-    def itemsize(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+    def is_quantized(self) -> bool:
+        """Whether each vector of k and v is kept as values of one byte and a scale."""
+        return KV_BYTES[self.dtype] == 1
 
     def share(self, workers: int) -> CacheGeometry:
         """The geometry of one of `workers` equal shares of the heads."""
@@ -53,6 +61,7 @@ class CacheGeometry:
 def geometry_of(config: EngineConfig, shape: ModelConfig, num_pages: int = 0) -> CacheGeometry:
     """The whole cache of a model, its dtypes as they are configured."""
     activations = shape.dtype if config.dtype == "auto" else config.dtype
+    kept_as = {"auto": activations, "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
     return CacheGeometry(
         num_layers=shape.num_layers,
         num_pages=num_pages,
@@ -60,7 +69,7 @@ def geometry_of(config: EngineConfig, shape: ModelConfig, num_pages: int = 0) ->
         num_kv_heads=shape.num_kv_heads,
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
-        dtype=activations if config.kv_dtype == "auto" else config.kv_dtype,
+        dtype=kept_as.get(config.kv_dtype, config.kv_dtype),
         wire_dtype=activations if config.wire_dtype == "auto" else config.wire_dtype,
     )
 

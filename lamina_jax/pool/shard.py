@@ -19,7 +19,8 @@ from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
-from pallas_kernels import append_kv, paged_attention
+from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct
+from pallas_kernels import Pages, paged_attention
 
 Arrays = tuple[jax.Array, ...]
 Messages = tuple[jax.Array | np.ndarray, ...]
@@ -57,7 +58,7 @@ class AttentionShard:
         copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
 
     Attributes:
-        pages: of each layer, [P, 2, K, p, H] as stored; for tests and for filling a cache.
+        pages: of each layer, as stored (`lamina_jax.pool.pages`); for tests and for filling a cache.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class AttentionShard:
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
         self._window_sizes = windows
-        self.pages: list[jax.Array] = []
+        self.pages: list[Pages] = []
         self._programs: dict[ProgramKey, Compilation] = {}
 
     # What a step does -------------------------------------------------------------------------------
@@ -128,7 +129,8 @@ class AttentionShard:
         count = self._pieces // self._copies
         kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
         append = partial(_append, dtype=self.geometry.dtype, wire_dtype=self.geometry.wire_dtype)
-        return Compilation(append, (self._pages_struct(), meta.slots, kv), donate=(0,))
+        pages = pages_struct(self.geometry, self._place)
+        return Compilation(append, (pages, meta.slots, kv), donate=(0,))
 
     def _attend_program(
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata
@@ -147,7 +149,7 @@ class AttentionShard:
         kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if name == "both" else 0
         messages = self._messages(self._pieces, bucket, num_heads + kv_heads)
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
-        inputs = (self._pages_struct(), window, meta, messages)
+        inputs = (pages_struct(g, self._place), window, meta, messages)
         if name == "attend":
             return Compilation(attend, inputs)
         append = partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype)
@@ -160,12 +162,6 @@ class AttentionShard:
         shape, dtype = (*bucket, heads, self.geometry.head_dim), message_dtype(self.geometry.wire_dtype)
         return (jax.ShapeDtypeStruct(shape, dtype, sharding=self._place),) * count
 
-    def _pages_struct(self) -> jax.ShapeDtypeStruct:
-        g = self.geometry
-        shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
-        dtype = storage_dtype(g.dtype, self.device.platform)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place)
-
     @property
     def footprint(self) -> Footprint:
         """The most that one of the programs compiled so far needs; its messages count as results."""
@@ -177,15 +173,7 @@ class AttentionShard:
 
     def hold(self) -> None:
         """Make the pages, all zeros."""
-        pages = self._pages_struct()
-        zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=self._place)
-        made = zeros.lower().compile()
-        self.pages = [made() for _ in range(self.geometry.num_layers)]
-
-
-def storage_dtype(dtype: str, platform: str) -> jnp.dtype:
-    """How pages are held: 16-bit floats as their bits on a CPU, where XLA gathers floats slowly."""
-    return jnp.dtype("uint16") if dtype == "bfloat16" and platform == "cpu" else jnp.dtype(dtype)
+        self.pages = make_pages(self.geometry, self._place)
 
 
 def kernel_platform(g: CacheGeometry, platform: str) -> str | None:
@@ -196,15 +184,15 @@ def kernel_platform(g: CacheGeometry, platform: str) -> str | None:
     return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
 
 
-def _append(pages: jax.Array, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> jax.Array:
+def _append(pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> Pages:
     halves = [jnp.split(from_wire(piece, wire_dtype), 2, axis=2) for piece in kv]
     k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
-    k, v = (x.reshape(-1, *x.shape[2:]).astype(dtype) for x in (k, v))
-    return append_kv(pages, k, v, slots.reshape(-1))
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype)
 
 
 def _cached_part(
-    pages: jax.Array,
+    pages: Pages,
     window: jax.Array,
     meta: StepMetadata,
     q: Arrays,
@@ -233,16 +221,16 @@ def _cached_part(
 
 
 def _append_and_attend(
-    pages: jax.Array,
+    pages: Pages,
     window: jax.Array,
     meta: StepMetadata,
     qkv: Arrays,
     *,
     num_heads: int,
     copies: int,
-    append: Callable[..., jax.Array],
+    append: Callable[..., Pages],
     cached_part: Callable[..., Arrays],
-) -> tuple[jax.Array, Arrays]:
+) -> tuple[Pages, Arrays]:
     # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
     # lie beyond context_lens, so the cached part does not see them.
     pages = append(pages, meta.slots, tuple(piece[:, :, num_heads:] for piece in qkv[::copies]))

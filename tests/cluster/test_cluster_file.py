@@ -212,7 +212,7 @@ def toml(value: object) -> str:
             "microbatches": st.sampled_from(["auto", 1, 2]),
             "max_num_seqs": st.integers(1, 2**31),
             "prefill_stall_ms": st.integers(1, 9) | st.floats(0.1, 1e9),
-            "kv_dtype": st.sampled_from(["float32", "bfloat16"]),
+            "kv_dtype": st.sampled_from(["bf16", "int8", "fp8", "float32", "bfloat16"]),
         },
     )
 )

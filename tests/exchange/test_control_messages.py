@@ -67,7 +67,8 @@ def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
     [
         (spec(num_pages=0), "num_pages=0"),
         (spec(page_size=1 << 32), "page_size=4294967296"),
-        (spec(dtype="int8"), "dtype=int8"),
+        (spec(dtype="int4"), "dtype=int4"),
+        (spec(wire_dtype="int8"), "wire_dtype=int8"),
         (spec(num_layers=3), r"windows=\(1073741824, 16\)"),
         (spec(num_heads=3), "num_heads=3"),
         (replace(SPEC, devices=3), "devices=3"),
