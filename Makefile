@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-multi test-load test-parity lint format clean
+.PHONY: install serve test test-slow test-multi test-load test-parity test-aot lint format clean
 
 install: .venv/.installed
 
@@ -32,6 +32,10 @@ test-parity: .venv-parity/.installed
 	.venv-parity/bin/python tests/parity/make_fixtures.py
 	.venv-parity/bin/python -m pytest -q -m "" tests/parity $(ARGS)
 
+# Compiles for TPUs and GPUs, with none at hand. `.venv-aot/bin/python -m lamina_jax.bench aot` prints the table.
+test-aot: .venv-aot/.installed
+	.venv-aot/bin/python -m pytest -q -m aot $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,14 +47,15 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-parity .venv-aot build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	    .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: EXTRAS := test
 .venv-parity/.installed: EXTRAS := test,parity
+.venv-aot/.installed: EXTRAS := test,aot
 
-.venv/.installed .venv-parity/.installed: pyproject.toml constraints.txt
+.venv/.installed .venv-parity/.installed .venv-aot/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(VENV_MODULE)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 BENCHMARKS = (
+    "aot",
     "bandwidth",
     "decode",
     "engine",

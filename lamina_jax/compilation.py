@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-Job = tuple[str, Callable[[], None]]
+Job = tuple[str, Callable[[], object]]
 """A program to be compiled: its name, and the call that compiles it."""
 
 
@@ -49,10 +49,11 @@ class Compilation:
         self._function, self._inputs, self._donate, self._out = function, inputs, donate, out
         self.compiled: Any = None
 
-    def compile(self) -> None:
-        """Lower and compile; may run in any thread."""
+    def compile(self) -> Any:
+        """Lower and compile; may run in any thread. Returns the `jax.stages.Compiled`."""
         program = jax.jit(self._function, donate_argnums=self._donate, out_shardings=self._out)
         self.compiled = program.lower(*self._inputs).compile()
+        return self.compiled
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)

@@ -8,24 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lamina_jax.models import ModelConfig, RopeConfig, Storage, build
+from lamina_jax.models import ModelConfig, Storage, build
 from lamina_jax.weights.export import save_checkpoint
-
-QWEN3_0_6B = ModelConfig(
-    family="qwen3",
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=40960,
-    rope=RopeConfig(theta=1e6),
-    tie_embeddings=True,
-    dtype="bfloat16",
-)
-"""596 M parameters, 1.2 GB."""
 
 COMPUTE_BOUND = ModelConfig(
     family="qwen3",

@@ -18,8 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.checkpoints import QWEN3_0_6B, random_checkpoint
+from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.table import format_table
+from lamina_jax.models.shapes import QWEN3_0_6B
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "collocated, 1 device": {"placement": "collocated", "compute_devices": "cpu:0"},

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from lamina_jax.benchmarks.checkpoints import QWEN3_0_6B, random_checkpoint
+from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.worker import decode_plans, run_steps
 from lamina_jax.compilation import compile_all
@@ -29,6 +29,7 @@ from lamina_jax.core import MicrobatchPlan, Request, SamplingParams
 from lamina_jax.engine.build import build_engine
 from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.sampling_rows import SampledRow, sampling_rows
+from lamina_jax.models.shapes import QWEN3_0_6B
 
 EVERYTHING: dict[str, Any] = {
     "top_k": 50,

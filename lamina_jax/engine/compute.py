@@ -141,6 +141,10 @@ class ComputeSide:
 
     # Compilation ------------------------------------------------------------------------------------
 
+    def compilation(self, bucket: Bucket, index: int, form: Form, *, cached: bool = True) -> Compilation:
+        """The program of slice `index` in one of its forms, for which there were jobs."""
+        return self._programs[bucket, cached, index, form].compilation
+
     def jobs(self, bucket: Bucket, *, cached: bool, overlap: bool) -> Iterator[Job]:
         """What compiles the programs of one bucket: with a cached part or none, in two stages or one."""
         sliced = self._sliced_at(bucket)

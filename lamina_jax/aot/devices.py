@@ -1,0 +1,169 @@
+"""Accelerators as descriptions that XLA compiles for with no device present. Knows nothing of models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.experimental import topologies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What XLA asks of a GPU, from NVIDIA's datasheets.
+
+    Attributes:
+        name: as the driver gives it.
+        capability: CUDA compute capability.
+        cores: streaming multiprocessors.
+        threads, shared_memory: of one of them; shared memory in KiB, of which a block may have all but one.
+        cache: the second level's, MiB.
+        bandwidth: of memory, GB/s.
+        clock: GHz.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    threads: int
+    shared_memory: int
+    cache: int
+    bandwidth: int
+    clock: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceKind:
+    """A kind of accelerator: bytes of its memory, and how XLA's compiler is told of it."""
+
+    platform: Literal["tpu", "cuda"]
+    memory: int
+    gpu: Gpu | None = None
+
+
+GB = 10**9
+
+_H100 = Gpu(
+    name="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    threads=2048,
+    shared_memory=228,
+    cache=50,
+    bandwidth=3352,
+    clock=1.98,
+)
+_H20 = Gpu(
+    name="NVIDIA H20",
+    capability=(9, 0),
+    cores=78,
+    threads=2048,
+    shared_memory=228,
+    cache=60,
+    bandwidth=4000,
+    clock=1.98,
+)
+_L40S = Gpu(
+    name="NVIDIA L40S",
+    capability=(8, 9),
+    cores=142,
+    threads=1536,
+    shared_memory=100,
+    cache=48,
+    bandwidth=864,
+    clock=2.52,
+)
+
+KINDS = {
+    "v5e": DeviceKind(platform="tpu", memory=16 * GB),
+    "v5p": DeviceKind(platform="tpu", memory=95 * GB),
+    "v6e": DeviceKind(platform="tpu", memory=32 * GB),
+    "h100": DeviceKind(platform="cuda", memory=80 * GB, gpu=_H100),
+    "h20": DeviceKind(platform="cuda", memory=96 * GB, gpu=_H20),
+    "l40s": DeviceKind(platform="cuda", memory=48 * GB, gpu=_L40S),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices of one kind, named "kind:shape": "v5e:4x4" (chips of a slice), "h100:8" (GPUs of one host),
+    "h100:2x8" (two such hosts).
+
+    Raises:
+        ValueError: a kind that is not in `KINDS`, or a shape that is not numbers between "x".
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        kind, _, shape = self.name.partition(":")
+        if kind not in KINDS or not all(size.isdecimal() and int(size) for size in shape.split("x")):
+            raise ValueError(
+                f"{self.name!r} is no topology: write KIND:SHAPE, as in v5e:4x4 or h100:2x8, with a kind of "
+                f"{', '.join(KINDS)}"
+            )
+
+    @property
+    def kind(self) -> DeviceKind:
+        return KINDS[self.name.partition(":")[0]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.name.partition(":")[2].split("x"))
+
+    @property
+    def size(self) -> int:
+        """How many devices."""
+        return math.prod(self.shape)
+
+    def devices(self) -> list[jax.Device]:
+        """Descriptions to make meshes of; needs the platform's compiler (`pip install lamina_jax[aot]`)."""
+        topology: Any
+        if self.kind.gpu is None:
+            # A host of the slices here has four chips, unless the slice is smaller.
+            bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.size == 1 else {}
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **bounds)
+        else:
+            hosts, each = self.shape if len(self.shape) == 2 else (1, self.size)
+            topology = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=self.kind.gpu.name,
+                target_config=target_config(self.kind),
+                topology=f"1x{hosts}x{each}",
+            )
+        return list(topology.devices)
+
+
+def target_config(kind: DeviceKind) -> str:
+    """XLA's GpuTargetConfigProto of a GPU, as text."""
+    gpu = kind.gpu
+    if gpu is None:
+        raise ValueError(f"a device of platform {kind.platform} has no GpuTargetConfigProto")
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024
+      threads_per_warp: 32
+      shared_memory_per_block: {48 * 1024}
+      shared_memory_per_core: {gpu.shared_memory * 1024}
+      shared_memory_per_block_optin: {(gpu.shared_memory - 1) * 1024}
+      threads_per_core_limit: {gpu.threads}
+      core_count: {gpu.cores}
+      fpus_per_core: 128
+      block_dim_limit_x: {2**31 - 1}
+      block_dim_limit_y: 65535
+      block_dim_limit_z: 65535
+      memory_bandwidth: {gpu.bandwidth * GB}
+      l2_cache_size: {gpu.cache * 2**20}
+      clock_rate_ghz: {gpu.clock}
+      device_memory_size: {kind.memory}
+      cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+      registers_per_core_limit: 65536
+      registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 8 }}
+    runtime_version {{ major: 12 minor: 9 patch: 0 }}
+    device_description_str: "{gpu.name}"
+    """
