@@ -1,0 +1,44 @@
+"""Kernels in C++ for a CPU: cached attention and matrix products at the speed of memory, on every core.
+
+XLA has no such product for a few rows of bfloat16, and runs a loop over pages on one core. They are compiled
+where a C++ compiler is found, and called from compiled programs through XLA's foreign function interface;
+elsewhere XLA's own forms run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32
+
+from pallas_kernels.native.build import BuildError, library
+
+__all__ = ["BuildError", "load", "matmul"]
+
+TARGETS = ("lamina_matmul", "lamina_paged_attention")
+"""What a program calls: functions of the library, and the names they have in XLA."""
+
+
+@functools.cache
+def load(folder: Path) -> None:
+    """Make the native kernels known to this process, compiling them if `folder` does not hold them yet.
+
+    Raises:
+        BuildError: they cannot be compiled here.
+    """
+    kernels = ctypes.CDLL(str(library(folder)))
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(kernels, target)), platform="cpu")
+
+
+def matmul(x: BFloat16[Array, "T I"], w: BFloat16[Array, "O I"]) -> Float32[Array, "T O"]:
+    """x times the transpose of w, summed in float32, at the speed of reading w where T is small.
+
+    `load` comes first. I is a multiple of 16, O of 4: XLA fails where they are not.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("lamina_matmul", shape)(x, w)

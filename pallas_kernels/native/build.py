@@ -1,0 +1,122 @@
+"""Compiling the C++ kernels for this machine's CPU, once: the library is kept for the next start.
+
+Knows how a compiler is found and called. Knows nothing of what the kernels compute, nor of JAX beyond its
+headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jaxlib
+
+SOURCES = Path(__file__).parent
+SECONDS = 180.0
+"""How long compiling may take. On two quiet cores it needs some eight."""
+
+# As fast as this machine allows: the library is never used on another. GCC warns of its own headers.
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-w")
+
+
+class BuildError(Exception):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def library(folder: Path) -> Path:
+    """The compiled kernels, from `folder`, or compiled and kept there.
+
+    What they are compiled from and for is in the file's name, so that another machine, compiler or jaxlib
+    compiles its own.
+
+    Raises:
+        BuildError: no compiler, one that fails, or a folder that cannot be written to.
+    """
+    compiler = _compiler()
+    path = folder / f"lamina-{_fingerprint(compiler)}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            built = Path(work) / path.name
+            _compile(compiler, built)
+            os.replace(built, path)  # at once: others may be looking
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {error.strerror}") from error
+    return path
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    """Each source by a process of its own, then all into one library."""
+    headers = ("-isystem", jax.ffi.include_dir())
+    objects = {path: output.with_name(f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cc"))}
+    _run(
+        [[*compiler, *OPTIONS, *headers, "-c", str(source), "-o", str(to)] for source, to in objects.items()]
+    )
+    _run([[*compiler, "-shared", "-pthread", *map(str, objects.values()), "-o", str(output)]])
+
+
+def _run(commands: list[list[str]]) -> None:
+    """All at the same time; none outlives this call."""
+    deadline = time.monotonic() + SECONDS
+    running = [
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for command in commands
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            if process.returncode:
+                told = errors.decode(errors="replace")[-2000:]
+                raise BuildError(f"{shlex.join(process.args)} failed:\n{told}")
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{commands[0][0]} took more than {SECONDS:.0f} s") from None
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def _compiler() -> list[str]:
+    """The command of a C++ compiler that knows GCC's vector types: $CXX, else what is installed."""
+    named = os.environ.get("CXX")
+    if named:
+        return shlex.split(named)
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler: neither $CXX nor g++, clang++ or c++")
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    try:
+        version = subprocess.run(
+            [*compiler, "--version"], capture_output=True, timeout=30, check=True
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise BuildError(f"{shlex.join(compiler)} --version: {error}") from error
+    digest = hashlib.sha256()
+    for part in (version, jaxlib.__version__.encode(), shlex.join(OPTIONS).encode(), _cpu()):
+        digest.update(part + b"\0")
+    for path in sorted(SOURCES.glob("*.cc")) + sorted(SOURCES.glob("*.h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu() -> bytes:
+    """What the instructions that the compiler may use depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    telling = (b"vendor_id", b"cpu family", b"model", b"flags", b"Features", b"CPU part")
+    return b"\n".join(sorted({line for line in lines if line.startswith(telling)}))

@@ -1,0 +1,418 @@
+// The cached part of attention over KV pages: see pallas_kernels/paged_attention/__init__.py for the contract.
+//
+// A task is one request's rows (a row: one new token and one query head) that share a KV head, over some of its pages. Tasks
+// are independent; where there are fewer than would keep the threads busy, a request's pages are split between
+// several, and their parts merged. A page is read once for all rows of a task.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "vectors.h"
+
+namespace ffi = xla::ffi;
+
+namespace lamina {
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kTaskRows = 32;
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kSplitPages = 4;  // at least, in each part of a request
+constexpr int64_t kWorthHelp = 256 * 1024;  // bytes of pages; fewer are read before another thread wakes up
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// What the pages hold: 64 bytes of a row as one vector.
+struct Float32 {
+  using Element = float;
+  using Vector = Floats;
+};
+struct Bfloat16 {
+  using Element = uint16_t;
+  using Vector = Words;
+};
+
+struct Call {
+  int64_t B, Q, N, H, P, K, p, M;
+  const float* q;
+  const void* pages;
+  const int32_t *block_tables, *context_lens, *page_index, *q_positions;
+  int64_t window;
+  float scale, softcap;
+  float *o, *lse;
+
+  int64_t groups() const { return N / K; }
+  int64_t rows() const { return Q * groups(); }
+  // Row r of a request and KV head among all rows of q, o and lse.
+  int64_t row(int64_t b, int64_t k, int64_t r) const { return (b * Q + r / groups()) * N + k * groups() + r % groups(); }
+  int64_t first_visible(int64_t b, int64_t r) const { return q_positions[b * Q + r / groups()] - window + 1; }
+};
+
+// The rows of one task as they meet its pages: queries as the pages' elements, and the running softmax.
+template <class Page>
+struct State {
+  using Element = typename Page::Element;
+  int64_t rows, width;  // width: H rounded up to whole vectors of elements
+  int64_t tokens;       // p rounded up to whole vectors
+  std::unique_ptr<char[]> memory;
+  Element* q;        // [rows, width]
+  float* weighted;   // [rows, width]: sum of weight x v; of bfloat16 each 32 as 16 even elements and 16 odd ones
+  float* scores;     // [rows, tokens], then their weights
+  uint16_t* rounded;  // [rows, tokens]: the weights as bfloat16
+  float maximum[kTaskRows], total[kTaskRows];
+
+  State(int64_t rows, int64_t H, int64_t p)
+      : rows(rows), width(round_up(H, 2 * kLanes)), tokens(round_up(p, 2 * kLanes)) {
+    const int64_t floats = rows * (width + width + tokens + tokens / 2);
+    memory = std::make_unique<char[]>(floats * sizeof(float) + 64);
+    auto* aligned = reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64));
+    weighted = aligned;
+    scores = weighted + rows * width;
+    rounded = reinterpret_cast<uint16_t*>(scores + rows * tokens);
+    q = reinterpret_cast<Element*>(rounded + rows * tokens);
+    std::fill_n(maximum, rows, kNone);
+    std::fill_n(total, rows, 0.0f);
+  }
+};
+
+template <class Element>
+Element rounded(float x) {
+  if constexpr (sizeof(Element) == 2) return to_bfloat16(x);
+  return x;
+}
+
+// scores[r, j] = q[r] . k[j] for `Rows` rows and as many tokens as fill a vector; those from `count` on repeat the last.
+template <class Page, int Rows>
+void score(const typename Page::Element* q, int64_t width, const typename Page::Element* k, int64_t H, int64_t count,
+           float* scores, int64_t stride) {
+  using Vector = typename Page::Vector;
+  constexpr int kTokens = kLanes / Rows;
+  constexpr int64_t kStep = 64 / sizeof(typename Page::Element);
+  const typename Page::Element* keys[kTokens];
+  for (int j = 0; j < kTokens; j++) keys[j] = k + std::min<int64_t>(j, count - 1) * H;
+  Floats totals[kLanes] = {};
+  // One token after the other: memory is read in the order in which it lies.
+  auto token = [&](int j) {
+    auto step = [&](Vector key, int64_t h) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) {
+        totals[r * kTokens + j] = dot(totals[r * kTokens + j], load<Vector>(q + r * width + h), key);
+      }
+    };
+    int64_t h = 0;
+    for (; h + kStep <= H; h += kStep) step(load<Vector>(keys[j] + h), h);
+    if (h < H) step(load_half<Vector>(keys[j] + h), h);
+  };
+#pragma GCC unroll 16
+  for (int j = 0; j < kTokens; j++) token(j);
+  Floats found = sums(totals);
+  for (int r = 0; r < Rows; r++) std::memcpy(scores + r * stride, reinterpret_cast<float*>(&found) + r * kTokens, kTokens * sizeof(float));
+}
+
+// Scores of a page's first `count` tokens.
+template <class Page, int Rows>
+void score_page(const State<Page>& state, int64_t row, const typename Page::Element* k, int64_t H, int64_t count) {
+  constexpr int kTokens = kLanes / Rows;
+  for (int64_t j = 0; j < count; j += kTokens) {
+    score<Page, Rows>(state.q + row * state.width, state.width, k + j * H, H, count - j,
+                      state.scores + row * state.tokens + j, state.tokens);
+  }
+}
+
+// Scores of `count` tokens of row r become their weights, and the running maximum and total follow. Returns by what
+// has been summed so far must shrink.
+template <class Page>
+float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int64_t hidden) {
+  float* scores = state.scores + r * state.tokens;
+  const int64_t padded = round_up(count, 2 * kLanes);
+  std::fill(scores + count, scores + padded, kNone);
+  Floats most = broadcast(kNone);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Floats x = load<Floats>(scores + j) * call.scale;
+    if (call.softcap > 0) {
+      for (int i = 0; i < kLanes; i++) x[i] = call.softcap * std::tanh(x[i] / call.softcap);
+    }
+    store(scores + j, x);
+  }
+  std::fill_n(scores, std::min(hidden, count), kNone);
+  std::fill(scores + count, scores + padded, kNone);
+  for (int64_t j = 0; j < padded; j += kLanes) most = maximum(most, load<Floats>(scores + j));
+  const float highest = std::max(state.maximum[r], largest(most));
+  if (highest == kNone) {
+    std::fill_n(scores, padded, 0.0f);
+    std::fill_n(state.rounded + r * state.tokens, padded, uint16_t{0});
+    return 1.0f;
+  }
+  Floats total = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Floats weights = exp_of_negative(load<Floats>(scores + j) - highest);
+    total += weights;
+    store(scores + j, weights);
+    store(state.rounded + r * state.tokens + j, round_to_bfloat16(weights));
+  }
+  const float shrink = std::exp(state.maximum[r] - highest);
+  state.total[r] = state.total[r] * shrink + sum(total);
+  state.maximum[r] = highest;
+  return shrink;
+}
+
+// weighted[r] = shrink[r] * weighted[r] + sum of weight[r, j] x v[j], for `Rows` rows, from element h on.
+template <int Rows, int Chunks>
+void add_chunks(State<Float32>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t h, int64_t count) {
+  Floats totals[Rows][Chunks];
+  auto at = [&](int r, int c) { return state.weighted + (row + r) * state.width + h + c * kLanes; };
+  for (int r = 0; r < Rows; r++)
+    for (int c = 0; c < Chunks; c++) totals[r][c] = load<Floats>(at(r, c)) * shrink[r];
+  for (int64_t j = 0; j < count; j++) {
+    for (int c = 0; c < Chunks; c++) {
+      Floats value = load<Floats>(v + j * H + h + c * kLanes);
+      for (int r = 0; r < Rows; r++) totals[r][c] += value * state.scores[(row + r) * state.tokens + j];
+    }
+  }
+  for (int r = 0; r < Rows; r++)
+    for (int c = 0; c < Chunks; c++) store(at(r, c), totals[r][c]);
+}
+
+template <int Rows>
+void add_values(State<Float32>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t count) {
+  constexpr int kChunks = 16 / Rows;  // accumulators in registers: 16
+  int64_t h = 0;
+  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Rows, kChunks>(state, row, shrink, v, H, h, count);
+  for (; h < H; h += kLanes) add_chunks<Rows, 1>(state, row, shrink, v, H, h, count);
+}
+
+// Two tokens at a time; the last of an odd number meets itself with weight 0. `Chunks`: of 32 elements each.
+template <int Rows, int Chunks, class Load>
+void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
+               int64_t count, Load load_values) {
+  Floats even[Rows][Chunks], odd[Rows][Chunks];
+  const uint16_t* weights[Rows];
+  for (int r = 0; r < Rows; r++) {
+    weights[r] = state.rounded + (row + r) * state.tokens;
+    for (int c = 0; c < Chunks; c++) {
+      const float* sums = state.weighted + (row + r) * state.width + h + c * 2 * kLanes;
+      even[r][c] = load<Floats>(sums) * shrink[r];
+      odd[r][c] = load<Floats>(sums + kLanes) * shrink[r];
+    }
+  }
+  for (int64_t j = 0; j < count; j += 2) {
+    const uint16_t *one = v + j * H + h, *other = v + std::min(j + 1, count - 1) * H + h;
+    Words pair[Rows];
+    for (int r = 0; r < Rows; r++) {
+      uint32_t two;
+      std::memcpy(&two, weights[r] + j, sizeof two);
+      pair[r] = broadcast(two);
+    }
+    for (int c = 0; c < Chunks; c++) {
+      Words first = load_values(one + c * 2 * kLanes), second = load_values(other + c * 2 * kLanes);
+      Words evens = even_pairs(first, second), odds = odd_pairs(first, second);
+      for (int r = 0; r < Rows; r++) {
+        even[r][c] = dot(even[r][c], evens, pair[r]);
+        odd[r][c] = dot(odd[r][c], odds, pair[r]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; r++) {
+    for (int c = 0; c < Chunks; c++) {
+      float* sums = state.weighted + (row + r) * state.width + h + c * 2 * kLanes;
+      store(sums, even[r][c]);
+      store(sums + kLanes, odd[r][c]);
+    }
+  }
+}
+
+template <int Rows>
+void add_values(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
+  constexpr int kChunks = 8 / Rows;  // accumulators in registers: 16
+  auto whole = [](const void* from) { return load<Words>(from); };
+  int64_t h = 0;
+  for (; h + kChunks * 2 * kLanes <= H; h += kChunks * 2 * kLanes) {
+    add_pairs<Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
+  }
+  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, whole);
+  auto half = [](const void* from) { return load_half<Words>(from); };
+  if (h < H) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, half);
+}
+
+// `each(rows, row)` for all rows in groups of 8 (where `Most` allows), 4, 2 or 1, `rows` as a constant.
+template <int Most, class Each>
+void by_group(int64_t rows, const Each& each) {
+  int64_t row = 0;
+  if constexpr (Most >= 8) for (; row + 8 <= rows; row += 8) each(std::integral_constant<int, 8>(), row);
+  for (; row + 4 <= rows; row += 4) each(std::integral_constant<int, 4>(), row);
+  for (; row + 2 <= rows; row += 2) each(std::integral_constant<int, 2>(), row);
+  for (; row < rows; row++) each(std::integral_constant<int, 1>(), row);
+}
+
+template <class Page>
+void start(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row) {
+  std::fill_n(state.weighted, state.rows * state.width, 0.0f);
+  for (int64_t r = 0; r < state.rows; r++) {
+    const float* from = call.q + call.row(b, k, first_row + r) * call.H;
+    auto* to = state.q + r * state.width;
+    for (int64_t h = 0; h < call.H; h++) to[h] = rounded<typename Page::Element>(from[h]);
+    std::fill(to + call.H, to + state.width, typename Page::Element{});
+  }
+}
+
+// Entries [start, stop) of a request's block table, all of which hold cached tokens.
+template <class Page>
+void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop) {
+  using Element = typename Page::Element;
+  const int64_t head = call.p * call.H;
+  for (int64_t m = start; m < stop; m++) {
+    const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
+    const int64_t count = std::min<int64_t>(call.p, call.context_lens[b] - position);
+    const int64_t page = call.block_tables[b * call.M + m];
+    const auto* keys = static_cast<const Element*>(call.pages) + (page * 2 * call.K + k) * head;
+    const Element* values = keys + call.K * head;
+
+    by_group<4>(state.rows, [&](auto rows, int64_t row) { score_page<Page, rows>(state, row, keys, call.H, count); });
+    float shrink[kTaskRows];
+    for (int64_t r = 0; r < state.rows; r++) {
+      const int64_t hidden = call.first_visible(b, first_row + r) - position;
+      shrink[r] = weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
+    }
+    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<rows>(state, row, shrink + row, values, call.H, count); });
+  }
+}
+
+// The part of a request's entries that a task reads: [start, stop), all within the context and some window.
+struct Span {
+  int64_t start, stop;
+};
+
+Span visited(const Call& call, int64_t b) {
+  const int32_t* places = call.page_index + b * call.M;
+  int64_t first = std::numeric_limits<int64_t>::max();
+  for (int64_t r = 0; r < call.Q; r++) first = std::min<int64_t>(first, call.q_positions[b * call.Q + r] - call.window + 1);
+  const int64_t context = call.context_lens[b];
+  auto before = [&](int64_t position) {  // entries whose page lies wholly before it
+    return std::partition_point(places, places + call.M, [&](int64_t place) { return (place + 1) * call.p <= position; }) - places;
+  };
+  auto begun = std::partition_point(places, places + call.M, [&](int64_t place) { return place * call.p < context; }) - places;
+  return {std::min(before(first), begun), begun};
+}
+
+// o of row r as it is asked for, from its sums; the even and odd elements of bfloat16 back in their places.
+template <class Page>
+void write(const Call& call, const float* weighted, float maximum, float total, int64_t at) {
+  float* o = call.o + at * call.H;
+  const float inverse = total > 0 ? 1.0f / total : 0.0f;
+  for (int64_t h = 0; h < call.H; h++) {
+    const int64_t from = sizeof(typename Page::Element) == 4 ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
+    o[h] = total > 0 ? weighted[from] * inverse : 0.0f;
+  }
+  call.lse[at] = total > 0 ? maximum + std::log(total) : kNone;
+}
+
+template <class Page>
+void run(ffi::ThreadPool& pool, const Call& call) {
+  const int64_t tiles = (call.rows() + kTaskRows - 1) / kTaskRows, whole = call.B * call.K * tiles;
+  std::vector<Span> spans(call.B);
+  int64_t longest = 0, pages = 0;
+  for (int64_t b = 0; b < call.B; b++) {
+    spans[b] = visited(call, b);
+    longest = std::max(longest, spans[b].stop - spans[b].start);
+    pages += spans[b].stop - spans[b].start;
+  }
+  const int64_t bytes = pages * 2 * call.K * call.p * call.H * static_cast<int64_t>(sizeof(typename Page::Element));
+  const int64_t wanted = bytes < kWorthHelp ? 1 : kTasksPerThread * pool.num_threads();
+  const int64_t splits = std::clamp<int64_t>(std::min((wanted + whole - 1) / std::max<int64_t>(whole, 1), longest / kSplitPages), 1, 64);
+  const int64_t tile_rows = std::min(call.rows(), kTaskRows), width = round_up(call.H, 2 * kLanes);
+  // Of each part of a split request: maximum, total and weighted sums of every row.
+  const int64_t record = width + 2;
+  std::vector<float> parts(splits > 1 ? whole * splits * tile_rows * record : 0);
+
+  auto task = [&](int64_t i) {
+    const int64_t split = i % splits, item = i / splits, b = item / (call.K * tiles), k = item / tiles % call.K;
+    const int64_t first_row = item % tiles * kTaskRows;
+    const Span span = spans[b];
+    const int64_t length = span.stop - span.start;
+    State<Page> state(std::min(kTaskRows, call.rows() - first_row), call.H, call.p);
+    start(call, state, b, k, first_row);
+    attend(call, state, b, k, first_row, span.start + length * split / splits, span.start + length * (split + 1) / splits);
+    for (int64_t r = 0; r < state.rows; r++) {
+      const float* weighted = state.weighted + r * state.width;
+      if (splits == 1) {
+        write<Page>(call, weighted, state.maximum[r], state.total[r], call.row(b, k, first_row + r));
+      } else {
+        float* part = parts.data() + (i * tile_rows + r) * record;
+        part[0] = state.maximum[r];
+        part[1] = state.total[r];
+        std::copy_n(weighted, width, part + 2);
+      }
+    }
+  };
+  if (bytes < kWorthHelp) {
+    for (int64_t i = 0; i < whole; i++) task(i);
+    return;
+  }
+  parallel(pool, whole * splits, task);
+  if (splits == 1) return;
+  for (int64_t item = 0; item < whole; item++) {
+    const int64_t b = item / (call.K * tiles), k = item / tiles % call.K, first_row = item % tiles * kTaskRows;
+    for (int64_t r = 0; r < std::min(kTaskRows, call.rows() - first_row); r++) {
+      const float* first = parts.data() + (item * splits * tile_rows + r) * record;
+      const int64_t stride = tile_rows * record;
+      float maximum = kNone, total = 0;
+      for (int64_t s = 0; s < splits; s++) maximum = std::max(maximum, first[s * stride]);
+      std::vector<float> weighted(width);
+      for (int64_t s = 0; s < splits && maximum != kNone; s++) {
+        const float shrink = std::exp(first[s * stride] - maximum);
+        total += first[s * stride + 1] * shrink;
+        for (int64_t h = 0; h < width; h++) weighted[h] += first[s * stride + 2 + h] * shrink;
+      }
+      write<Page>(call, weighted.data(), maximum, total, call.row(b, k, first_row + r));
+    }
+  }
+}
+
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi::AnyBuffer pages,
+                           ffi::Buffer<ffi::S32, 2> block_tables, ffi::Buffer<ffi::S32, 1> context_lens,
+                           ffi::Buffer<ffi::S32, 2> page_index, ffi::Buffer<ffi::S32, 2> q_positions,
+                           ffi::Buffer<ffi::S32, 0> window, float scale, float softcap,
+                           ffi::Result<ffi::Buffer<ffi::F32, 4>> o, ffi::Result<ffi::Buffer<ffi::F32, 3>> lse) {
+  auto dims = q.dimensions(), held = pages.dimensions();
+  if (held.size() != 5 || held[1] != 2 || held[4] != dims[3] || dims[3] % kLanes || dims[2] % held[2]) {
+    return ffi::Error::InvalidArgument("paged_attention: pages must be [P, 2, K, p, H] with H % 16 == 0 and N % K == 0");
+  }
+  const Call call{dims[0], dims[1], dims[2], dims[3], held[0], held[2], held[3], block_tables.dimensions()[1],
+                  q.typed_data(), pages.untyped_data(), block_tables.typed_data(), context_lens.typed_data(),
+                  page_index.typed_data(), q_positions.typed_data(), window.typed_data()[0], scale, softcap,
+                  o->typed_data(), lse->typed_data()};
+  switch (pages.element_type()) {
+    case ffi::F32: run<Float32>(pool, call); break;
+    case ffi::U16: run<Bfloat16>(pool, call); break;
+    default: return ffi::Error::InvalidArgument("paged_attention: pages must be float32, or bfloat16 as uint16");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace lamina
+
+using Tables = xla::ffi::Buffer<xla::ffi::S32, 2>;
+using Queries = xla::ffi::Buffer<xla::ffi::F32, 4>;
+using Lse = xla::ffi::Buffer<xla::ffi::F32, 3>;
+using Lengths = xla::ffi::Buffer<xla::ffi::S32, 1>;
+using Scalar = xla::ffi::Buffer<xla::ffi::S32, 0>;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lamina_paged_attention, lamina::paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Queries>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Tables>()
+                                  .Arg<Lengths>()
+                                  .Arg<Tables>()
+                                  .Arg<Tables>()
+                                  .Arg<Scalar>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Ret<Queries>()
+                                  .Ret<Lse>());

@@ -1,0 +1,61 @@
+"""The C++ kernels against float64 numpy and XLA, on this machine's CPU; skipped where no compiler is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+from paged_cases import Case, cases, check, expected, make_case, shapes
+
+from pallas_kernels import native
+from pallas_kernels.paged_attention.native import paged_attention_native
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    try:
+        native.load(tmp_path_factory.mktemp("native"))
+    except native.BuildError as error:
+        pytest.skip(str(error))
+
+
+def attend(case: Case) -> tuple[jax.Array, jax.Array]:
+    return jax.jit(functools.partial(paged_attention_native, **case.options))(*case.operands)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_shape_equals_numpy(data: st.DataObject) -> None:
+    shape = data.draw(shapes()) | {"H": data.draw(st.sampled_from([16, 48, 64, 80, 96, 128, 256]))}
+    dtype = data.draw(st.sampled_from([np.float32, jnp.bfloat16]))
+    case = data.draw(cases(shape, dtype))
+    case = dataclasses.replace(case, softcap=data.draw(st.sampled_from([None, 3.0])))
+    check(case, attend(case), tolerance=1e-5 if dtype == np.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("B", "Q", "G"), [(1, 1, 2), (1, 1, 7), (1, 40, 2), (9, 1, 4)])
+def test_long_contexts_shared_by_threads(dtype: type, B: int, Q: int, G: int) -> None:
+    """Enough pages that several threads take part, and few enough requests that each is split."""
+    contexts = [2048 - 61 * b for b in range(B)]
+    case = make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype)
+    check(case, attend(case), tolerance=1e-5 if dtype == np.float32 else 2e-2)
+    windowed = dataclasses.replace(
+        make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype, window=700)
+    )
+    check(windowed, attend(windowed), tolerance=1e-5 if dtype == np.float32 else 2e-2)
+
+
+def test_large_scores() -> None:
+    case = make_case(0, B=3, Q=2, K=2, G=2, H=16, p=8, M=5, contexts=[5, 21, 40])
+    case = dataclasses.replace(case, q=np.round(case.q * 200), pages=np.round(case.pages * 200), scale=1.0)
+    assert np.nanmax(np.abs(expected(case)[1])) > 1e5
+    check(case, attend(case))
