@@ -57,6 +57,12 @@ def test_the_server_loads_no_jax() -> None:
     assert not loaded & {"jax", "jaxlib", "flax"}
 
 
+def test_the_kernels_benchmark_loads_nothing_of_the_servers() -> None:
+    """It runs on an accelerator's machine with jax, numpy and jaxtyping alone."""
+    loaded = modules_after("lamina_jax.bench", "lamina_jax.benchmarks.kernels", "lamina_jax.ops")
+    assert not loaded & {"fastapi", "grpc", "flax", "safetensors", "tokenizers", "msgspec", "rich", "scipy"}
+
+
 def test_importing_starts_no_backend() -> None:
     """Virtual devices and platforms can still be chosen after the import."""
     code = (

@@ -99,7 +99,7 @@ class Pool:
 
     def make_pass(self, name: str, cell: Cell, step: Step) -> Pass:
         """Compile the calls of `step` over this pool's pages."""
-        tables = _block_tables(cell, self.num_pages, self.shape.page_size)
+        tables = block_tables(cell, self.num_pages, self.shape.page_size)
         heads, everywhere = PartitionSpec(None, "kv"), PartitionSpec()
         page_heads = PartitionSpec(None, None, "kv")
         calls = functools.partial(_calls, step)
@@ -175,7 +175,7 @@ def _calls(step: Step, q: jax.Array, pages: Pages, tables: jax.Array, context_le
     return last
 
 
-def _block_tables(cell: Cell, num_pages: int, page_size: int) -> np.ndarray:
+def block_tables(cell: Cell, num_pages: int, page_size: int) -> np.ndarray:
     """As many as the pool has pages for, [C, B, M]; no page stands twice in them."""
     needed = cell.pages(page_size)
     calls = min(MOST_CALLS, num_pages // needed)
