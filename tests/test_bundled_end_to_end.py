@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lamina_jax import LLM, SamplingParams
@@ -42,6 +44,28 @@ def test_recall_is_that_of_the_plain_model(llm: LLM, prompts: Answered) -> None:
     assert stats["pages_free"] == stats["pages_total"]
     plain, _ = load_plain(find_model("bundled"))
     assert abs(sum(right) - round(NUM * evaluate_plain(plain, prompts))) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantised_pages_recall_within_a_point(kv_dtype: Any) -> None:
+    """Of 200 answers 2 may differ. In short chunks, so that most of a prompt is read from the pages."""
+    _, tokenizer = load_plain(find_model("bundled"))
+    prompts = recall_prompts(SEED, 200, LENGTH, tokenizer)
+    bfloat16, quantised = (_num_right(dtype, prompts) for dtype in ("bf16", kv_dtype))
+    assert bfloat16 >= 190
+    assert abs(quantised - bfloat16) <= 2
+
+
+def _num_right(kv_dtype: Any, prompts: Answered) -> int:
+    with LLM(
+        "bundled", kv_dtype=kv_dtype, max_model_len=LENGTH + 64, max_prefill_tokens=128, num_pages=128
+    ) as llm:
+        outputs = llm.generate(
+            [prompt for prompt, _ in prompts], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+        )
+    told = [output.outputs[0].token_ids for output in outputs]
+    return sum(tokens[: len(answer)] == answer for tokens, (_, answer) in zip(told, prompts, strict=True))
 
 
 def test_it_writes_text(llm: LLM) -> None:

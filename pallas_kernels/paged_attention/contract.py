@@ -5,7 +5,7 @@ Knows nothing of how the products are computed, nor on what device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,14 @@ def as_held(stored: Shaped[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, 
     """Stored pages as the numbers that they hold: the same bits."""
     is_bits = stored.dtype in (jnp.uint16, jnp.uint8)
     return jax.lax.bitcast_convert_type(stored, dtype) if is_bits else stored
+
+
+def read_float32(pages: Pages, index: Any, dtype: DTypeLike | None) -> Float32[Array, "..."]:
+    """`pages[index]`, whole vectors, as the numbers that they hold; `dtype` as in `paged_attention`."""
+    held = logical_dtype(pages, dtype)
+    if not isinstance(pages, QuantizedPages):
+        return as_held(pages[index], held).astype(jnp.float32)
+    return as_held(pages.values[index], held).astype(jnp.float32) * pages.scales[index][..., None]
 
 
 def as_bfloat16(values: Shaped[Array, "*shape"]) -> BFloat16[Array, "*shape"]:

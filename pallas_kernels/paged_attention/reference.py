@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.paged_attention.contract import (
     Pages,
-    QuantizedPages,
-    as_held,
     first_visible,
+    read_float32,
     slot_positions,
 )
 
@@ -38,7 +37,7 @@ def paged_attention_reference(
     S = block_tables.shape[1] * page_size
 
     # [B, M, 2, K, p, H] -> [B, 2, K, S, H] with S = M p
-    cached = _gather(pages, block_tables, dtype)
+    cached = read_float32(pages, block_tables, dtype)
     k, v = jnp.moveaxis(cached.transpose(0, 2, 3, 1, 4, 5).reshape(B, 2, K, S, H), 1, 0)
 
     positions = slot_positions(page_index, context_lens, page_size)  # [B, S]
@@ -58,12 +57,3 @@ def paged_attention_reference(
     weights = jnp.exp(scores - jnp.where(seen, lse[..., None], 0.0))
     o = jnp.einsum("BQKGS,BKSH->BQKGH", weights, v, precision=jax.lax.Precision.HIGHEST)
     return o.reshape(B, Q, N, H), lse.reshape(B, Q, N)
-
-
-def _gather(
-    pages: Pages, block_tables: Int32[Array, "B M"], dtype: jnp.dtype
-) -> Float32[Array, "B M 2 K p H"]:
-    if isinstance(pages, QuantizedPages):
-        values = as_held(pages.values[block_tables], dtype).astype(jnp.float32)
-        return values * pages.scales[block_tables][..., None]
-    return as_held(pages[block_tables], dtype).astype(jnp.float32)
