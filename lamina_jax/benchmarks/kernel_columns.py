@@ -21,6 +21,7 @@ from lamina_jax.benchmarks.kernel_passes import (
     paged_step,
 )
 from lamina_jax.compilation import num_cores
+from lamina_jax.cpu_kernels import use_native
 from lamina_jax.devices import choose_worker_devices
 
 PASS_BYTES = 256 << 20
@@ -112,7 +113,10 @@ class Columns:
 
 
 def _kernels(devices: Sequence[jax.Device]) -> dict[str, int]:
-    """Those of `pallas_kernels.paged_attention` that run here, by how many devices they run on: XLA uses one
-    core for an attention loop, so a CPU's cores are as many devices to it."""
-    platform = devices[0].platform
-    return {platform: len(devices)}
+    """Readings of `pallas_kernels.paged_attention` that run here, by the number of devices that they run on:
+    XLA uses one core for an attention loop, so that a CPU's cores are as many devices; a native kernel
+    uses them all by itself."""
+    kernels = {devices[0].platform: len(devices)}
+    if use_native("auto", devices[0]):
+        kernels["native"] = 1
+    return kernels
