@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, security = parse(argv)
     from lamina_jax.worker.session import Session
 
-    return run(config, security, Session)
+    return run(config, security, partial(Session, cpu_kernels=config.cpu_kernels))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[AttendConfig, SecurityConfig]:

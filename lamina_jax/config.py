@@ -80,6 +80,8 @@ class EngineConfig:
         trace: a file that gets the last steps as a Chrome trace when the engine ends.
         compilation_cache: a folder that keeps compiled programs for the next start, or "off"; None takes
             $JAX_COMPILATION_CACHE_DIR, else lamina_jax/xla in $XDG_CACHE_HOME or ~/.cache.
+        cpu_kernels: what a CPU computes attention and few-row products with: "native" (C++, compiled at the
+            first start), "xla", or "auto": native where a C++ compiler is found.
         security: of the connections to workers.
     """
 
@@ -107,6 +109,7 @@ class EngineConfig:
     timings: bool = False
     trace: str | None = None
     compilation_cache: str | None = None
+    cpu_kernels: Literal["auto", "native", "xla"] = "auto"
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -213,6 +216,8 @@ class AttendConfig:
         drain_seconds: at SIGTERM or Ctrl-C, how long the engine that holds the worker may take to leave.
         compilation_cache: a folder that keeps compiled programs for the next start, or "off"; None takes
             $JAX_COMPILATION_CACHE_DIR, else lamina_jax/xla in $XDG_CACHE_HOME or ~/.cache.
+        cpu_kernels: what a CPU computes attention with: "native" (C++, compiled at the
+            first start), "xla", or "auto": native where a C++ compiler is found.
     """
 
     listen: str = "127.0.0.1:7101"
@@ -222,8 +227,10 @@ class AttendConfig:
     metrics_port: int | None = None
     drain_seconds: float = 30.0
     compilation_cache: str | None = None
+    cpu_kernels: Literal["auto", "native", "xla"] = "auto"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         host_and_port("listen", self.listen)
         for name in ("data_port", "metrics_port"):
             port = getattr(self, name)

@@ -7,10 +7,11 @@ products are found in the program as it was traced, so that models know nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from pallas_kernels.native import matmul
@@ -53,8 +54,7 @@ def _value(known: dict[Any, Any], atom: Any) -> Any:
 def _is_native(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name != "dot_general" or eqn.params["dimension_numbers"] != _DIMENSIONS:
         return False
-    x, w = (atom.aval for atom in eqn.invars)
-    (y,) = (atom.aval for atom in eqn.outvars)
+    x, w, y = (cast(ShapedArray, atom.aval) for atom in (*eqn.invars, *eqn.outvars))
     if not (x.ndim == w.ndim == 2 and x.dtype == w.dtype == jnp.bfloat16 and y.dtype == jnp.float32):
         return False
     (rows, inputs), outputs = x.shape, w.shape[0]

@@ -61,6 +61,12 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 """What "auto" chooses among, beside what it chooses."""
 
+KERNELS: dict[str, dict[str, Any]] = {
+    f"{name}, {kernels} kernels": {**COLUMNS[name], "cpu_kernels": kernels}
+    for name, kernels in product((ONE, SPLIT), ("native", "xla"))
+}
+"""A CPU's two ways."""
+
 GOAL_OF_THE_BEST = 0.97
 """The least that "auto" should be of the best of its choices."""
 
@@ -102,6 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead: the defaults, beside all that they choose among",
     )
+    parser.add_argument(
+        "--cpu-kernels", action="store_true", help="instead: native kernels of the CPU beside XLA's"
+    )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
     add_reference_python(parser)
     add_llama_batched_bench(parser)
@@ -112,15 +121,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
     if args.quick:
         batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
-    engines = CHOICES if args.choices else {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
-    if not args.choices and reference_python(args.reference_python) is None:
+    engines = {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
+    if args.choices or args.cpu_kernels:
+        engines = CHOICES if args.choices else KERNELS
+    alone = engines in (CHOICES, KERNELS)
+    if not alone and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
             found = find_model(folder)
-            outside = {} if args.choices else outside_commands(args, found, dtype, Path(scratch))
+            outside = {} if alone else outside_commands(args, found, dtype, Path(scratch))
             comparison = Comparison(found, dtype, engines, outside)
             for cell, timings in comparison.measure(cells, args.rounds, seconds):
                 rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
@@ -238,7 +250,8 @@ def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str
 
 def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of one cell as text."""
-    others = [other for other in (ONE, TRANSFORMERS, LLAMA_CPP) if other in rows[0]["ratios"]]
+    beside = (ONE, TRANSFORMERS, LLAMA_CPP, f"{ONE}, xla kernels", f"{SPLIT}, xla kernels")
+    others = [other for other in beside if other in rows[0]["ratios"]]
     return format_rows(rows, others or [SPLIT])
 
 

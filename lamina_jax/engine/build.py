@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from lamina_jax.compilation import CompilationCounter, compile_all, no_collections
 from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.config import ConfigError, EngineConfig
+from lamina_jax.cpu_kernels import use_native
 from lamina_jax.devices import Devices, choose_devices
 from lamina_jax.engine.assembly import Assembly, Collocated, Split
 from lamina_jax.engine.buckets import SMALLEST_BATCH
@@ -78,6 +79,9 @@ def build_engine(
         disaggregated=disaggregated and config.attention is None,
         num_kv_heads=shape.num_kv_heads if config.partition == "heads" else None,
     )
+    native = use_native(config.cpu_kernels, devices.compute[0])
+    if config.memory_devices is None and use_native(config.cpu_kernels, devices.memory[0]):
+        devices = replace(devices, memory=devices.memory[:1])  # whose kernels use every core
     memory = _memory_side(config, devices, cached_part, report, shape.num_kv_heads) if disaggregated else None
     rooms = _rooms(config, devices, memory)
     limits = resolve_limits(
@@ -103,9 +107,9 @@ def build_engine(
     sampler = Sampler(NamedSharding(mesh, P()), limits.rows, limits.max_model_len)
     assembly: Assembly
     if memory and table:
-        assembly = _split(memory, table, sliced, params, geometry, mesh, limits, sampler)
+        assembly = _split(memory, table, sliced, params, geometry, mesh, limits, sampler, native=native)
     else:
-        assembly = _collocated(sliced, params, geometry, mesh, limits, sampler)
+        assembly = _collocated(sliced, params, geometry, mesh, limits, sampler, native=native)
 
     weight_bytes = bytes_per_device(jax.tree.leaves(params))
     with no_collections():
@@ -129,6 +133,7 @@ def build_engine(
         vocab_size=shape.vocab_size,
         facts={
             "placement": config.placement,
+            "native_kernels": native,
             "microbatches": limits.microbatches,
             "overlap": limits.overlap,
             "max_model_len": limits.max_model_len,
@@ -157,7 +162,8 @@ def _memory_side(
     num_kv_heads: int,
 ) -> MemorySide:
     if config.attention is None:
-        return LocalMemory(devices, config.memory_fraction, cached_part)
+        native = use_native(config.cpu_kernels, devices.memory[0])
+        return LocalMemory(devices, config.memory_fraction, cached_part, native=native)
     if cached_part is not None:
         raise ConfigError("cached_part runs in this process, and attention names workers elsewhere")
     from lamina_jax.engine.remote_memory import RemoteMemory
@@ -181,6 +187,8 @@ def _split(
     mesh: Mesh,
     limits: Limits,
     sampler: Sampler,
+    *,
+    native: bool,
 ) -> Split:
     partition = Partition(limits.partition, limits.workers, geometry.num_pages, geometry.page_size)
     compute = ComputeSide(
@@ -192,6 +200,7 @@ def _split(
         wire_dtype=geometry.wire_dtype,
         rows=limits.rows,
         sampler=sampler,
+        native=native,
     )
     plan = CachePlan(
         geometry=geometry, partition=partition, table=table, mesh=mesh, limits=limits, sliced=sliced
@@ -200,7 +209,14 @@ def _split(
 
 
 def _collocated(
-    sliced: Sliced, params: Any, geometry: CacheGeometry, mesh: Mesh, limits: Limits, sampler: Sampler
+    sliced: Sliced,
+    params: Any,
+    geometry: CacheGeometry,
+    mesh: Mesh,
+    limits: Limits,
+    sampler: Sampler,
+    *,
+    native: bool,
 ) -> Collocated:
     if geometry.num_kv_heads % mesh.size:
         raise ConfigError(
@@ -215,6 +231,7 @@ def _collocated(
         rows=limits.rows,
         pages_per_request=limits.pages_per_request,
         sampler=sampler,
+        native=native,
     )
     return Collocated(runner, list(mesh.devices.flat), limits, geometry.share(mesh.size).bytes_per_page)
 

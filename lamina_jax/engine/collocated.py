@@ -25,6 +25,7 @@ from lamina_jax.engine.compute import step_shapes
 from lamina_jax.engine.programs import Arrays, feed_tokens, gathered_logits
 from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks, sampled
 from lamina_jax.engine.sampling import Logprobs
+from lamina_jax.native_products import with_native_products
 from lamina_jax.ops import Part, local_part, merge
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.metadata import StepMetadata, metadata_of, metadata_shapes
@@ -47,6 +48,7 @@ class CollocatedRunner:
         rows: most rows of a microbatch.
         pages_per_request: M, the width of a block table.
         sampler: chooses tokens, on `mesh`.
+        native: the mesh is of CPU devices that run the native kernels, products only where it is but one.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class CollocatedRunner:
         rows: int,
         pages_per_request: int,
         sampler: Sampler,
+        native: bool = False,
     ) -> None:
-        self._geometry, self._mesh = geometry, mesh
+        self._geometry, self._mesh, self._native = geometry, mesh, native
         self._sliced_at = cache(lambda *shape: sliced.at(params, *step_shapes(*shape)))
         self._rows, self._pages_per_request, self._sampler = rows, pages_per_request, sampler
         self._replicated = NamedSharding(mesh, P())
@@ -114,7 +117,7 @@ class CollocatedRunner:
 
         sliced = self._sliced_at(bucket)
         attend = self._attend if cached else None
-        step = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
+        step: Callable[..., Any] = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
         weights = tuple(like(weight) for weight in self._weights)
         inputs = (
             [pages_struct(self._geometry, self._by_head)] * self._geometry.num_layers,
@@ -126,6 +129,8 @@ class CollocatedRunner:
             metadata_shapes(bucket, self._pages_per_request, self._replicated),
         )
         if (bucket, cached) not in self._programs:
+            if self._native and self._mesh.size == 1:
+                step = with_native_products(step)
             program = self._programs[bucket, cached] = Compilation(step, inputs, donate=(0,))
             yield f"step {bucket}", program.compile
         (logits,) = sliced.slices[-1].fused.out_avals
@@ -187,7 +192,9 @@ class CollocatedRunner:
             scale=attention.scale,
             softcap=attention.softcap,
             dtype=self._geometry.dtype,
-            platform=kernel_platform(self._geometry, self._mesh.devices.flat[0].platform),
+            platform=kernel_platform(
+                self._geometry, self._mesh.devices.flat[0].platform, native=self._native
+            ),
         )
         by_head, whole = P(None, None, "tensor"), P()
         return jax.shard_map(

@@ -22,6 +22,7 @@ from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.programs import Arrays, Form, Inputs, QueryOutputs, Shape, SliceOutputs
 from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks
 from lamina_jax.engine.sampling import Logprobs
+from lamina_jax.native_products import with_native_products
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_shape
 from lamina_jax.pool.partition import Partition
@@ -55,6 +56,8 @@ class ComputeSide:
         wire_dtype: of what is exchanged.
         rows: most rows of a microbatch.
         sampler: chooses tokens, on the compute mesh.
+        native: the mesh is of CPU devices that run native kernels, which know no mesh: if it is but one,
+            products of few rows are theirs.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class ComputeSide:
         wire_dtype: str,
         rows: int,
         sampler: Sampler,
+        native: bool = False,
     ) -> None:
+        self._native = native and mesh.size == 1
         self.num_slices, self._mesh, self._table = len(sliced.slices), mesh, table
         self._partition, self._wire_dtype = partition, wire_dtype
         self._rows = rows
@@ -188,7 +193,8 @@ class ComputeSide:
         self, name: str, key: Hashable, function: Callable[..., Any], *inputs: Any, out: Any = None
     ) -> Iterator[Job]:
         if key not in self._compilations:
-            self._compilations[key] = Compilation(function, inputs, out=out)
+            program = with_native_products(function) if self._native else function
+            self._compilations[key] = Compilation(program, inputs, out=out)
             yield name, self._compilations[key].compile
 
     def _describe(

@@ -122,12 +122,15 @@ class LocalMemory:
     Args:
         fraction: `EngineConfig.memory_fraction`.
         cached_part: what computes attention; None: the platform's kernel.
+        native: that of a CPU is the native one.
     """
 
     devices = 1
 
-    def __init__(self, devices: Devices, fraction: float | None, cached_part: CachedPart | None) -> None:
-        self._devices, self._cached_part = devices.memory, cached_part
+    def __init__(
+        self, devices: Devices, fraction: float | None, cached_part: CachedPart | None, *, native: bool
+    ) -> None:
+        self._devices, self._cached_part, self._native = devices.memory, cached_part, native
         self._shards: list[AttentionShard] = []
         self.workers = len(devices.memory)
         self.names: Sequence[str] = [str(device) for device in devices.memory]
@@ -176,6 +179,7 @@ class LocalMemory:
                 pieces=plan.table.per_worker,
                 copies=plan.table.copies,
                 cached_part=self._cached_part,
+                native=self._native,
             )
             for device in self._devices
         ]

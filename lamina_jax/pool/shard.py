@@ -56,6 +56,7 @@ class AttentionShard:
         cached_part: what computes the cached part; None: `paged_attention`.
         pieces: in how many equal pieces the heads come and go, each by its own message (n = N / pieces).
         copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
+        native: run the native kernel of a CPU, where it takes these pages.
 
     Attributes:
         pages: of each layer, as stored (`lamina_jax.pool.pages`); for tests and for filling a cache.
@@ -71,8 +72,9 @@ class AttentionShard:
         cached_part: CachedPart | None = None,
         pieces: int = 1,
         copies: int = 1,
+        native: bool = False,
     ) -> None:
-        self.geometry, self.device = geometry, device
+        self.geometry, self.device, self._native = geometry, device, native
         self._pieces, self._copies = pieces, copies
         self._kinds, self._place = kinds, SingleDeviceSharding(device)
         self._compute_cached_part = cached_part or paged_attention
@@ -136,7 +138,7 @@ class AttentionShard:
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata
     ) -> Compilation:
         g = self.geometry
-        platform = kernel_platform(g, self.device.platform)
+        platform = kernel_platform(g, self.device.platform, native=self._native)
         attend = partial(
             _cached_part,
             compute=self._compute_cached_part,
@@ -176,11 +178,14 @@ class AttentionShard:
         self.pages = make_pages(self.geometry, self._place)
 
 
-def kernel_platform(g: CacheGeometry, platform: str) -> str | None:
+def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) -> str | None:
     """Which reading of paged attention a device runs; None is XLA's plain one.
 
-    The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page.
+    The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page. A CPU's native one, if it
+    may be run, reads heads in steps of 16 numbers.
     """
+    if native and g.head_dim % 16 == 0 and g.dtype in ("float32", "bfloat16"):
+        return "native"
     return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
 
 

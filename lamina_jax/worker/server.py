@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import lamina_jax
 from lamina_jax.config import AttendConfig, SecurityConfig, address_of, host_and_port
+from lamina_jax.cpu_kernels import use_native
 from lamina_jax.devices import choose_worker_devices
 from lamina_jax.exchange.control import KEEPALIVE
 from lamina_jax.exchange.control_messages import SERVICE, Description
@@ -85,6 +86,8 @@ class WorkerServer:
             ConfigError: a device that does not exist, or does not say how much memory it has.
         """
         self._devices = choose_worker_devices(self._config.devices)
+        if self._config.devices is None and use_native(self._config.cpu_kernels, self._devices[0]):
+            self._devices = self._devices[:1]  # whose kernels use every core
         fraction = self._config.memory_fraction or default_fraction(self._devices)
         facts = Description(
             version=lamina_jax.__version__,

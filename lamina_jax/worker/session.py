@@ -16,6 +16,7 @@ import numpy as np
 
 from lamina_jax.compilation import Job
 from lamina_jax.config import ConfigError
+from lamina_jax.cpu_kernels import CpuKernels, use_native
 from lamina_jax.exchange.channel import Frame
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.pool.message import message_dtype
@@ -44,7 +45,9 @@ class Session:
         ConfigError: too few devices, or heads that they cannot share.
     """
 
-    def __init__(self, spec: WorkerSpec, devices: Sequence[jax.Device]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, devices: Sequence[jax.Device], cpu_kernels: CpuKernels = "xla"
+    ) -> None:
         g = spec.geometry
         if len(devices) < spec.devices:
             raise ConfigError(f"{spec.devices} devices are asked for, this worker has {len(devices)}")
@@ -54,7 +57,13 @@ class Session:
         kinds = [AttentionKind(*kind) for kind in zip(spec.scales, spec.softcaps, strict=True)]
         self._shards = [
             AttentionShard(
-                g.share(spec.devices), device, spec.windows, kinds, pieces=spec.pieces, copies=spec.copies
+                g.share(spec.devices),
+                device,
+                spec.windows,
+                kinds,
+                pieces=spec.pieces,
+                copies=spec.copies,
+                native=use_native(cpu_kernels, device),
             )
             for device in devices[: spec.devices]
         ]

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import jax
-import jaxlib
+from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent
 SECONDS = 180.0
@@ -73,11 +73,11 @@ def _run(commands: list[list[str]]) -> None:
         for command in commands
     ]
     try:
-        for process in running:
+        for command, process in zip(commands, running, strict=True):
             _, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
             if process.returncode:
                 told = errors.decode(errors="replace")[-2000:]
-                raise BuildError(f"{shlex.join(process.args)} failed:\n{told}")
+                raise BuildError(f"{shlex.join(command)} failed:\n{told}")
     except subprocess.TimeoutExpired:
         raise BuildError(f"{commands[0][0]} took more than {SECONDS:.0f} s") from None
     finally:
@@ -105,7 +105,7 @@ def _fingerprint(compiler: list[str]) -> str:
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise BuildError(f"{shlex.join(compiler)} --version: {error}") from error
     digest = hashlib.sha256()
-    for part in (version, jaxlib.__version__.encode(), shlex.join(OPTIONS).encode(), _cpu()):
+    for part in (version, jaxlib_version.__version__.encode(), shlex.join(OPTIONS).encode(), _cpu()):
         digest.update(part + b"\0")
     for path in sorted(SOURCES.glob("*.cc")) + sorted(SOURCES.glob("*.h")):
         digest.update(path.read_bytes())

@@ -17,12 +17,13 @@ from pallas_kernels.paged_attention.contract import (
     logical_dtype,
 )
 from pallas_kernels.paged_attention.cpu import paged_attention_cpu
+from pallas_kernels.paged_attention.native import paged_attention_native
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 
 __all__ = ["NO_PAGE", "PLATFORMS", "Pages", "QuantizedPages", "paged_attention"]
 
-PLATFORMS = ("cpu", "gpu", "tpu")
+PLATFORMS = ("cpu", "native", "gpu", "tpu")
 
 
 def paged_attention(
@@ -68,7 +69,8 @@ def paged_attention(
         scale: of q . k, before the softcap.
         softcap: scores become softcap * tanh(scores / softcap).
         dtype: what the pages hold; needed where they are uint16.
-        platform: "cpu", "gpu" or "tpu": the reading written for it (on a gpu XLA's, for now); None: plain
+        platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
+            reading written for it (on a gpu XLA's, for now); None: plain
             XLA operators, for any platform. Only "tpu" narrows the shapes (H % 128 = 0, p % 8 = 0 in
             float32, p % 16 = 0 in bfloat16).
         interpret: run the Pallas kernel of "tpu" in interpret mode, on any device.
@@ -89,6 +91,8 @@ def paged_attention(
         raise ValueError(f"interpret=True needs a Pallas kernel: platform='tpu', got {platform!r}")
     if platform == "tpu" and not isinstance(pages, QuantizedPages):
         return paged_attention_tpu(q, pages, *where, scale=scale, softcap=softcap, interpret=interpret)
+    if platform == "native":
+        return paged_attention_native(q, pages, *where, scale=scale, softcap=softcap)
     if platform == "cpu":
         return paged_attention_cpu(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
     return paged_attention_reference(q, pages, *where, scale=scale, softcap=softcap, dtype=held)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.paged_attention.contract import Pages, QuantizedPages
 
 
 def paged_attention_native(
     q: Float[Array, "B Q N H"],
-    pages: Shaped[Array, "P 2 K p H"],
+    pages: Pages,
     block_tables: Int32[Array, "B M"],
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
@@ -27,6 +29,10 @@ def paged_attention_native(
     Raises:
         ValueError: a head dimension or a dtype that the kernel does not take.
     """
+    if isinstance(pages, QuantizedPages):
+        raise ValueError(
+            f"the native kernel takes float32 and bfloat16 pages, got {pages.values.dtype} with scales"
+        )
     if pages.shape[4] % 16:
         raise ValueError(f"the native kernel takes head dimensions that 16 divides, got {pages.shape[4]}")
     if pages.dtype == jnp.bfloat16:
