@@ -17,6 +17,7 @@ from pallas_kernels.paged_attention.contract import (
     logical_dtype,
 )
 from pallas_kernels.paged_attention.cpu import paged_attention_cpu
+from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from pallas_kernels.paged_attention.native import paged_attention_native
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
@@ -70,10 +71,9 @@ def paged_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
-            reading written for it (on a gpu XLA's, for now); None: plain
-            XLA operators, for any platform. Only "tpu" narrows the shapes (H % 128 = 0, p % 8 = 0 in
-            float32, p % 16 = 0 in bfloat16).
-        interpret: run the Pallas kernel of "tpu" in interpret mode, on any device.
+            reading written for it; None: plain XLA operators, for any platform. Only "tpu" narrows the
+            shapes (H % 128 = 0, p % 8 = 0 in float32, p % 16 = 0 in bfloat16).
+        interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
     Returns:
         o: normalised output, 0 for the rows that see no cached token.
@@ -87,10 +87,14 @@ def paged_attention(
     held = logical_dtype(pages, dtype)
     if platform not in (None, *PLATFORMS):
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}")
-    if interpret and platform != "tpu":
-        raise ValueError(f"interpret=True needs a Pallas kernel: platform='tpu', got {platform!r}")
+    if interpret and platform not in ("gpu", "tpu"):
+        raise ValueError(f"interpret=True needs a Pallas kernel: platform='gpu' or 'tpu', got {platform!r}")
     if platform == "tpu" and not isinstance(pages, QuantizedPages):
         return paged_attention_tpu(q, pages, *where, scale=scale, softcap=softcap, interpret=interpret)
+    if platform == "gpu":
+        return paged_attention_gpu(
+            q, pages, *where, scale=scale, softcap=softcap, dtype=held, interpret=interpret
+        )
     if platform == "native":
         return paged_attention_native(q, pages, *where, scale=scale, softcap=softcap)
     if platform == "cpu":
