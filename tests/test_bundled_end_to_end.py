@@ -47,14 +47,14 @@ def test_recall_is_that_of_the_plain_model(llm: LLM, prompts: Answered) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
-def test_quantised_pages_recall_within_a_point(kv_dtype: Any) -> None:
+@pytest.mark.timeout(400)
+def test_quantised_pages_recall_within_a_point() -> None:
     """Of 200 answers 2 may differ. In short chunks, so that most of a prompt is read from the pages."""
     _, tokenizer = load_plain(find_model("bundled"))
     prompts = recall_prompts(SEED, 200, LENGTH, tokenizer)
-    bfloat16, quantised = (_num_right(dtype, prompts) for dtype in ("bf16", kv_dtype))
+    bfloat16, *quantised = (_num_right(dtype, prompts) for dtype in ("bf16", "int8", "fp8"))
     assert bfloat16 >= 190
-    assert abs(quantised - bfloat16) <= 2
+    assert max(abs(right - bfloat16) for right in quantised) <= 2, (bfloat16, quantised)
 
 
 def _num_right(kv_dtype: Any, prompts: Answered) -> int:
