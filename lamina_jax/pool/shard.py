@@ -184,7 +184,7 @@ def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) ->
     The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page. A CPU's native one, if it
     may be run, reads heads in steps of 16 numbers.
     """
-    if native and g.head_dim % 16 == 0 and g.dtype in ("float32", "bfloat16"):
+    if native and g.head_dim % 16 == 0:
         return "native"
     return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
 

@@ -26,20 +26,44 @@ constexpr int64_t kWorthHelp = 256 * 1024;  // bytes of pages; fewer are read be
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What the pages hold: 64 bytes of a row as one vector.
+// What pages hold, and as what it is computed with: `Element`s, 64 bytes of a row as one `Vector`. Numbers of
+// 8 bits are bfloat16 exactly, and are opened into it page by page; their scales go to scores and weights.
 struct Float32 {
+  using Stored = float;
   using Element = float;
   using Vector = Floats;
 };
 struct Bfloat16 {
+  using Stored = uint16_t;
   using Element = uint16_t;
   using Vector = Words;
 };
+struct Int8 : Bfloat16 {
+  using Stored = int8_t;
+  static Halves open(const Stored* from) {
+    return upper_halves(__builtin_convertvector(load<SignedBytes>(from), Floats));
+  }
+};
+struct Float8 : Bfloat16 {  // e4m3fn, without its NaN
+  using Stored = uint8_t;
+  static Halves open(const Stored* from) {
+    Words bits = __builtin_convertvector(load<Bytes>(from), Words);
+    // Exponent and mantissa in the places of a float32's, the bias 127 instead of 7. Exponent 0 has no leading 1.
+    Words magnitude = ((bits & 0x7fu) << 20) + (120u << 23);
+    Floats value = as_floats(magnitude);
+    value = (bits & 0x78u) == 0 ? value + value - 0x1p-6f : value;
+    return upper_halves(as_floats(as_words(value) | (bits & 0x80u) << 24));
+  }
+};
+
+template <class Page>
+constexpr bool kQuantized = sizeof(typename Page::Stored) == 1;
 
 struct Call {
   int64_t B, Q, N, H, P, K, p, M;
   const float* q;
   const void* pages;
+  const float* scales;  // of quantised pages, [P, 2, K, p]
   const int32_t *block_tables, *context_lens, *page_index, *q_positions;
   int64_t window;
   float scale, softcap;
@@ -63,17 +87,23 @@ struct State {
   float* weighted;   // [rows, width]: sum of weight x v; of bfloat16 each 32 as 16 even elements and 16 odd ones
   float* scores;     // [rows, tokens], then their weights
   uint16_t* rounded;  // [rows, tokens]: the weights as bfloat16
+  Element* opened;    // [p, H]: a quantised page's k or v
+  float *key_scales, *value_scales;  // [tokens], 0 where there is no token
   float maximum[kTaskRows], total[kTaskRows];
 
   State(int64_t rows, int64_t H, int64_t p)
       : rows(rows), width(round_up(H, 2 * kLanes)), tokens(round_up(p, 2 * kLanes)) {
-    const int64_t floats = rows * (width + width + tokens + tokens / 2);
+    const int64_t opening = kQuantized<Page> ? round_up(p * H, 2 * kLanes) / 2 + 2 * tokens : 0;
+    const int64_t floats = rows * (width + width + tokens + tokens / 2) + opening;
     memory = std::make_unique<char[]>(floats * sizeof(float) + 64);
     auto* aligned = reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64));
     weighted = aligned;
     scores = weighted + rows * width;
     rounded = reinterpret_cast<uint16_t*>(scores + rows * tokens);
     q = reinterpret_cast<Element*>(rounded + rows * tokens);
+    value_scales = reinterpret_cast<float*>(q + rows * width);
+    key_scales = value_scales + tokens;
+    opened = reinterpret_cast<Element*>(key_scales + tokens);
     std::fill_n(maximum, rows, kNone);
     std::fill_n(total, rows, 0.0f);
   }
@@ -133,6 +163,7 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
   Floats most = broadcast(kNone);
   for (int64_t j = 0; j < padded; j += kLanes) {
     Floats x = load<Floats>(scores + j) * call.scale;
+    if constexpr (kQuantized<Page>) x *= load<Floats>(state.key_scales + j);
     if (call.softcap > 0) {
       for (int i = 0; i < kLanes; i++) x[i] = call.softcap * std::tanh(x[i] / call.softcap);
     }
@@ -151,6 +182,7 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
   for (int64_t j = 0; j < padded; j += kLanes) {
     Floats weights = exp_of_negative(load<Floats>(scores + j) - highest);
     total += weights;
+    if constexpr (kQuantized<Page>) weights *= load<Floats>(state.value_scales + j);
     store(scores + j, weights);
     store(state.rounded + r * state.tokens + j, round_to_bfloat16(weights));
   }
@@ -161,8 +193,8 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
 }
 
 // weighted[r] = shrink[r] * weighted[r] + sum of weight[r, j] x v[j], for `Rows` rows, from element h on.
-template <int Rows, int Chunks>
-void add_chunks(State<Float32>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t h, int64_t count) {
+template <class Page, int Rows, int Chunks>
+void add_chunks(State<Page>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t h, int64_t count) {
   Floats totals[Rows][Chunks];
   auto at = [&](int r, int c) { return state.weighted + (row + r) * state.width + h + c * kLanes; };
   for (int r = 0; r < Rows; r++)
@@ -177,17 +209,17 @@ void add_chunks(State<Float32>& state, int64_t row, const float* shrink, const f
     for (int c = 0; c < Chunks; c++) store(at(r, c), totals[r][c]);
 }
 
-template <int Rows>
-void add_values(State<Float32>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t count) {
+template <class Page, int Rows>
+void add_values(State<Page>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t count) {
   constexpr int kChunks = 16 / Rows;  // accumulators in registers: 16
   int64_t h = 0;
-  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Rows, kChunks>(state, row, shrink, v, H, h, count);
-  for (; h < H; h += kLanes) add_chunks<Rows, 1>(state, row, shrink, v, H, h, count);
+  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Page, Rows, kChunks>(state, row, shrink, v, H, h, count);
+  for (; h < H; h += kLanes) add_chunks<Page, Rows, 1>(state, row, shrink, v, H, h, count);
 }
 
 // Two tokens at a time; the last of an odd number meets itself with weight 0. `Chunks`: of 32 elements each.
-template <int Rows, int Chunks, class Load>
-void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
+template <class Page, int Rows, int Chunks, class Load>
+void add_pairs(State<Page>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
                int64_t count, Load load_values) {
   Floats even[Rows][Chunks], odd[Rows][Chunks];
   const uint16_t* weights[Rows];
@@ -225,17 +257,17 @@ void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const u
   }
 }
 
-template <int Rows>
-void add_values(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
+template <class Page, int Rows>
+void add_values(State<Page>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
   constexpr int kChunks = 8 / Rows;  // accumulators in registers: 16
   auto whole = [](const void* from) { return load<Words>(from); };
   int64_t h = 0;
   for (; h + kChunks * 2 * kLanes <= H; h += kChunks * 2 * kLanes) {
-    add_pairs<Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
+    add_pairs<Page, Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
   }
-  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, whole);
+  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Page, Rows, 1>(state, row, shrink, v, H, h, count, whole);
   auto half = [](const void* from) { return load_half<Words>(from); };
-  if (h < H) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, half);
+  if (h < H) add_pairs<Page, Rows, 1>(state, row, shrink, v, H, h, count, half);
 }
 
 // `each(rows, row)` for all rows in groups of 8 (where `Most` allows), 4, 2 or 1, `rows` as a constant.
@@ -259,6 +291,22 @@ void start(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t f
   }
 }
 
+void take_scales(const float* from, int64_t count, int64_t tokens, float* to) {
+  std::copy_n(from, count, to);
+  std::fill(to + count, to + tokens, 0.0f);
+}
+
+// `count` numbers of a page as elements; count is a multiple of 16.
+template <class Page>
+const typename Page::Element* opened(const typename Page::Stored* from, int64_t count, typename Page::Element* to) {
+  if constexpr (kQuantized<Page>) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, Page::open(from + i));
+    return to;
+  } else {
+    return from;
+  }
+}
+
 // Entries [start, stop) of a request's block table, all of which hold cached tokens.
 template <class Page>
 void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop) {
@@ -268,16 +316,22 @@ void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t 
     const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
     const int64_t count = std::min<int64_t>(call.p, call.context_lens[b] - position);
     const int64_t page = call.block_tables[b * call.M + m];
-    const auto* keys = static_cast<const Element*>(call.pages) + (page * 2 * call.K + k) * head;
-    const Element* values = keys + call.K * head;
+    const int64_t k_at = page * 2 * call.K + k, v_at = k_at + call.K;  // among arrays [p, H]
+    const auto* stored = static_cast<const typename Page::Stored*>(call.pages);
+    if constexpr (kQuantized<Page>) {
+      take_scales(call.scales + k_at * call.p, count, state.tokens, state.key_scales);
+      take_scales(call.scales + v_at * call.p, count, state.tokens, state.value_scales);
+    }
 
+    const Element* keys = opened<Page>(stored + k_at * head, count * call.H, state.opened);
     by_group<4>(state.rows, [&](auto rows, int64_t row) { score_page<Page, rows>(state, row, keys, call.H, count); });
     float shrink[kTaskRows];
     for (int64_t r = 0; r < state.rows; r++) {
       const int64_t hidden = call.first_visible(b, first_row + r) - position;
       shrink[r] = weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
     }
-    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<rows>(state, row, shrink + row, values, call.H, count); });
+    const Element* values = opened<Page>(stored + v_at * head, count * call.H, state.opened);
+    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<Page, rows>(state, row, shrink + row, values, call.H, count); });
   }
 }
 
@@ -320,7 +374,7 @@ void run(ffi::ThreadPool& pool, const Call& call) {
     longest = std::max(longest, spans[b].stop - spans[b].start);
     pages += spans[b].stop - spans[b].start;
   }
-  const int64_t bytes = pages * 2 * call.K * call.p * call.H * static_cast<int64_t>(sizeof(typename Page::Element));
+  const int64_t bytes = pages * 2 * call.K * call.p * call.H * static_cast<int64_t>(sizeof(typename Page::Stored));
   const int64_t wanted = bytes < kWorthHelp ? 1 : kTasksPerThread * pool.num_threads();
   const int64_t splits = std::clamp<int64_t>(std::min((wanted + whole - 1) / std::max<int64_t>(whole, 1), longest / kSplitPages), 1, 64);
   const int64_t tile_rows = std::min(call.rows(), kTaskRows), width = round_up(call.H, 2 * kLanes);
@@ -372,7 +426,7 @@ void run(ffi::ThreadPool& pool, const Call& call) {
   }
 }
 
-ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi::AnyBuffer pages,
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi::AnyBuffer pages, ffi::AnyBuffer scales,
                            ffi::Buffer<ffi::S32, 2> block_tables, ffi::Buffer<ffi::S32, 1> context_lens,
                            ffi::Buffer<ffi::S32, 2> page_index, ffi::Buffer<ffi::S32, 2> q_positions,
                            ffi::Buffer<ffi::S32, 0> window, float scale, float softcap,
@@ -381,14 +435,19 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi
   if (held.size() != 5 || held[1] != 2 || held[4] != dims[3] || dims[3] % kLanes || dims[2] % held[2]) {
     return ffi::Error::InvalidArgument("paged_attention: pages must be [P, 2, K, p, H] with H % 16 == 0 and N % K == 0");
   }
+  if (ffi::ByteWidth(pages.element_type()) == 1 && static_cast<int64_t>(scales.element_count()) != held[0] * 2 * held[2] * held[3]) {
+    return ffi::Error::InvalidArgument("paged_attention: pages of 8 bits need scales [P, 2, K, p]");
+  }
   const Call call{dims[0], dims[1], dims[2], dims[3], held[0], held[2], held[3], block_tables.dimensions()[1],
-                  q.typed_data(), pages.untyped_data(), block_tables.typed_data(), context_lens.typed_data(),
+                  q.typed_data(), pages.untyped_data(), static_cast<const float*>(scales.untyped_data()), block_tables.typed_data(), context_lens.typed_data(),
                   page_index.typed_data(), q_positions.typed_data(), window.typed_data()[0], scale, softcap,
                   o->typed_data(), lse->typed_data()};
   switch (pages.element_type()) {
     case ffi::F32: run<Float32>(pool, call); break;
     case ffi::U16: run<Bfloat16>(pool, call); break;
-    default: return ffi::Error::InvalidArgument("paged_attention: pages must be float32, or bfloat16 as uint16");
+    case ffi::S8: run<Int8>(pool, call); break;
+    case ffi::U8: run<Float8>(pool, call); break;
+    default: return ffi::Error::InvalidArgument("paged_attention: pages must be float32, uint16, int8 or uint8");
   }
   return ffi::Error::Success();
 }
@@ -406,6 +465,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lamina_paged_attention, lamina::paged_attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Queries>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Tables>()
                                   .Arg<Lengths>()

@@ -18,6 +18,9 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
+typedef int8_t SignedBytes __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
 constexpr int kLanes = 16;
 
 template <class Vector>
@@ -64,6 +67,9 @@ inline Floats dot(Floats sum, Words a, Words b) {
 // Of two rows of bfloat16, element by element, (first, second) as one word: the even elements, the odd ones.
 inline Words even_pairs(Words first, Words second) { return (first & 0xffffu) | (second << 16); }
 inline Words odd_pairs(Words first, Words second) { return (first >> 16) | (second & 0xffff0000u); }
+
+// The upper halves of 16 float32: bfloat16 where nothing is below.
+inline Halves upper_halves(Floats x) { return __builtin_convertvector(as_words(x) >> 16, Halves); }
 
 // Rounded to the nearest bfloat16, ties to even, as bits. NaN stays NaN.
 inline uint16_t to_bfloat16(float x) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention.contract import Pages, QuantizedPages
 
@@ -22,23 +22,16 @@ def paged_attention_native(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
-    """See `pallas_kernels.paged_attention`. Takes float32 pages, and bfloat16 ones as uint16.
+    """See `pallas_kernels.paged_attention`. Takes float32, bfloat16 and quantised pages.
 
     `pallas_kernels.native.load` comes first.
 
     Raises:
         ValueError: a head dimension or a dtype that the kernel does not take.
     """
-    if isinstance(pages, QuantizedPages):
-        raise ValueError(
-            f"the native kernel takes float32 and bfloat16 pages, got {pages.values.dtype} with scales"
-        )
     if pages.shape[4] % 16:
         raise ValueError(f"the native kernel takes head dimensions that 16 divides, got {pages.shape[4]}")
-    if pages.dtype == jnp.bfloat16:
-        pages = jax.lax.bitcast_convert_type(pages, jnp.uint16)
-    if pages.dtype not in (jnp.float32, jnp.uint16):
-        raise ValueError(f"the native kernel takes float32 and bfloat16 pages, got {pages.dtype}")
+    stored, scales = _stored(pages)
     B, Q, N, _ = q.shape
     call = jax.ffi.ffi_call(
         "lamina_paged_attention",
@@ -46,7 +39,8 @@ def paged_attention_native(
     )
     o, lse = call(
         q.astype(jnp.float32),
-        pages,
+        stored,
+        scales,
         block_tables,
         context_lens,
         page_index,
@@ -56,3 +50,15 @@ def paged_attention_native(
         softcap=np.float32(softcap or 0.0),
     )
     return o, lse
+
+
+def _stored(pages: Pages) -> tuple[Shaped[Array, "P 2 K p H"], Float32[Array, "..."]]:
+    """Pages as the kernel knows them, and their scales: of pages that have none, an empty array."""
+    values, scales = pages if isinstance(pages, QuantizedPages) else (pages, jnp.zeros(0, jnp.float32))
+    if values.dtype == jnp.bfloat16:
+        values = jax.lax.bitcast_convert_type(values, jnp.uint16)
+    if values.dtype == jnp.float8_e4m3fn:
+        values = jax.lax.bitcast_convert_type(values, jnp.uint8)
+    if values.dtype not in (jnp.float32, jnp.uint16, jnp.int8, jnp.uint8):
+        raise ValueError(f"the native kernel takes no pages of {values.dtype}")
+    return values, scales

@@ -1,10 +1,9 @@
-"""The C++ kernels against float64 numpy and XLA, on this machine's CPU; skipped where no compiler is found."""
+"""The C++ kernels against float64 numpy and XLA; skipped where no compiler is found."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
-from paged_cases import Case, cases, check, expected, make_case, shapes
+from paged_cases import Case, cases, check, expected, make_case, quantized, shapes
 
+from lamina_jax.native_products import with_native_products
 from pallas_kernels import native
 from pallas_kernels.paged_attention.native import paged_attention_native
 
@@ -38,6 +37,8 @@ def test_any_shape_equals_numpy(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([np.float32, jnp.bfloat16]))
     case = data.draw(cases(shape, dtype))
     case = dataclasses.replace(case, softcap=data.draw(st.sampled_from([None, 3.0])))
+    if dtype == jnp.bfloat16 and data.draw(st.booleans()):
+        case = quantized(case, data.draw(st.sampled_from([np.int8, np.uint8])))
     check(case, attend(case), tolerance=1e-5 if dtype == np.float32 else 2e-2)
 
 
@@ -59,3 +60,38 @@ def test_large_scores() -> None:
     case = dataclasses.replace(case, q=np.round(case.q * 200), pages=np.round(case.pages * 200), scale=1.0)
     assert np.nanmax(np.abs(expected(case)[1])) > 1e5
     check(case, attend(case))
+
+
+@pytest.mark.parametrize("T", [1, 4, 7, 32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 4), (48, 12), (256, 1024), (1040, 260)])
+def test_products_equal_xla(T: int, inputs: int, outputs: int) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, inputs), (outputs, inputs))
+    )
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(jax.jit(native.matmul)(x, w), want, rtol=1e-5, atol=1e-4)
+
+
+def test_products_are_found_in_a_program() -> None:
+    """Those that fit, wherever they stand, and no others."""
+
+    def model(x: jax.Array, w: jax.Array, many: jax.Array) -> dict[str, jax.Array]:
+        def product(x: jax.Array) -> jax.Array:
+            dims = (((1,), (1,)), ((), ()))
+            return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+        return {
+            "few": jnp.tanh(product(x)),
+            "many": product(many),
+            "float32": x.astype(jnp.float32) @ w.T.astype(jnp.float32),
+        }
+
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((8, 64), (32, 64), (33, 64))
+    ]
+    rewritten = jax.jit(with_native_products(model))
+    assert rewritten.lower(*arrays).as_text().count("lamina_matmul") == 1
+    for name, value in model(*arrays).items():
+        np.testing.assert_allclose(rewritten(*arrays)[name], value, rtol=1e-5, atol=1e-4)
