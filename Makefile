@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-multi test-load test-parity test-aot lint format clean
+.PHONY: install serve test test-slow test-multi test-load test-parity test-aot test-gpu test-tpu lint format clean
 
 install: .venv/.installed
 
@@ -36,6 +36,14 @@ test-parity: .venv-parity/.installed
 test-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pytest -q -m aot $(ARGS)
 
+# On the machine that has the device: checks the kernels, times them, and writes hardware-gpu.json. Where its
+# Python has JAX, pytest and hypothesis already: make test-gpu DEVICE_PYTHON=python3 (docs/hardware.md).
+test-gpu: $(if $(DEVICE_PYTHON),,.venv-gpu/.installed)
+	$(or $(DEVICE_PYTHON),.venv-gpu/bin/python) tests/hardware/check.py gpu $(ARGS)
+
+test-tpu: $(if $(DEVICE_PYTHON),,.venv-tpu/.installed)
+	$(or $(DEVICE_PYTHON),.venv-tpu/bin/python) tests/hardware/check.py tpu $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,15 +55,18 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-parity .venv-aot build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
-	    .import_linter_cache
+	rm -rf .venv .venv-parity .venv-aot .venv-gpu .venv-tpu build dist *.egg-info .pytest_cache .mypy_cache \
+	    .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: EXTRAS := test
 .venv-parity/.installed: EXTRAS := test,parity
 .venv-aot/.installed: EXTRAS := test,aot
+.venv-gpu/.installed: EXTRAS := test,cuda
+.venv-tpu/.installed: EXTRAS := test,tpu
 
-.venv/.installed .venv-parity/.installed .venv-aot/.installed: pyproject.toml constraints.txt
+.venv/.installed .venv-parity/.installed .venv-aot/.installed .venv-gpu/.installed .venv-tpu/.installed: \
+    pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(VENV_MODULE)
