@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,44 +12,56 @@ from lamina_jax.aot.devices import Topology
 from lamina_jax.aot.worker import missing
 from lamina_jax.benchmarks import aot
 
-pytestmark = [pytest.mark.aot, pytest.mark.timeout(580)]
+# One process compiles all cases of a platform, in the first test that asks for one of them.
+pytestmark = [pytest.mark.aot, pytest.mark.timeout(1500)]
 
 LOAD: dict[str, Any] = {"rows": 32, "context": 4096, "kv_dtype": "auto"}
 
+COMPUTE = {
+    "compute llama3-70b v5e:4x4": (4, 70.55e9 * 2 / 16),
+    "compute llama3-70b h100:2x8": (2, 70.55e9 * 2 / 16),
+    "compute qwen3-0.6b v6e:2x2": (1, 0.596e9 * 2 / 4),
+}
+"""(hosts, bytes of weights on each device)"""
+
+MEMORY = [f"memory llama3-70b {name}" for name in ("v5e:2x2", "v6e:2x2", "h100:1", "h20:1", "l40s:2")]
+SAMPLER = ["sampler llama3-70b v5e:4x4", "sampler llama3-70b h100:2x8"]
+TOO_LARGE = ["compute llama3-70b v5e:2x4", "memory llama3-70b v5e:1x1"]
+
 
 def compiled(name: str) -> dict[str, Any]:
-    (case,) = chosen([name])
-    if lacking := missing(Topology(case.topology).kind.platform):
+    platform = _platform(name)
+    if lacking := missing(platform):
         pytest.skip(f"not installed: {', '.join(lacking)}")
-    (result,) = aot.compile_cases([case], LOAD)
-    return result
+    return _compiled(platform)[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "hosts", "weights"),
-    [
-        ("compute llama3-70b v5e:4x4", 4, 70.55e9 * 2 / 16),
-        ("compute llama3-70b h100:2x8", 2, 70.55e9 * 2 / 16),
-        ("compute qwen3-0.6b v6e:2x2", 1, 0.596e9 * 2 / 4),
-    ],
-)
-def test_the_layers_are_five_programs_and_move_two_sums_per_layer(
-    name: str, hosts: int, weights: float
-) -> None:
-    """Two stages of the first slice and of all that are like the second, and the last slice."""
-    result = compiled(name)
+@cache
+def _compiled(platform: str) -> dict[str, dict[str, Any]]:
+    names = [name for name in (*COMPUTE, *MEMORY, *SAMPLER, *TOO_LARGE) if _platform(name) == platform]
+    return {result["case"]: result for result in aot.compile_cases(chosen(names), LOAD)}
+
+
+def _platform(name: str) -> str:
+    return Topology(name.rsplit(maxsplit=1)[-1]).kind.platform
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+def test_the_layers_are_six_programs_and_move_two_sums_per_layer(name: str) -> None:
+    """Two stages of the first slice and of all like the second, the last slice, the tokens fed back."""
+    result, (hosts, weights) = compiled(name), COMPUTE[name]
     names = [program["name"].partition(" (")[2].partition(")")[0] for program in result["programs"]]
     assert sorted(names) == ["32, 1", "last", "query", "query", "rest", "rest"]
     assert result["hosts"] == hosts
-    # KV heads that outnumber none are repeated, and norms are everywhere.
+    # On 16 devices the 8 KV heads are there twice, and norms are everywhere.
     assert result["needs"]["weights"] == pytest.approx(weights, rel=0.05)
     assert result["layer"] == {"all-reduce": 2}
     assert aot.refusal(result) == ""
 
 
-@pytest.mark.parametrize("kind", ["v5e:2x2", "v6e:2x2", "h100:1", "h20:1", "l40s:2"])
-def test_attention_reads_pages_where_they_lie(kind: str) -> None:
-    result = compiled(f"memory llama3-70b {kind}")
+@pytest.mark.parametrize("name", MEMORY)
+def test_attention_reads_pages_where_they_lie(name: str) -> None:
+    result = compiled(name)
     assert sorted(program["name"].split()[0] for program in result["programs"]) == ["append", "attend"]
     tokens, bytes_per_token = 32 * 4096, 80 * 2 * 8 * 128 * 2
     assert result["needs"]["pages"] == tokens * bytes_per_token // result["devices"]
@@ -56,19 +69,19 @@ def test_attention_reads_pages_where_they_lie(kind: str) -> None:
     for program in result["programs"]:
         assert program["collectives"] == {}
         assert program["temporaries"] < layer / 4, "the pages are copied"
-        assert not program["kernels"]["spilled"]
+        assert (program["kernels"]["spilled"] or 0) <= 16, "bytes of a thread"
 
 
-def test_what_does_not_fit_is_refused_before_it_is_compiled() -> None:
-    for name in ("compute llama3-70b v5e:2x4", "memory llama3-70b v5e:1x1"):
-        result = compiled(name)
-        assert result["programs"] == []
-        assert aot.refusal(result).startswith("does not fit: needs")
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_does_not_fit_is_refused_before_it_is_compiled(name: str) -> None:
+    result = compiled(name)
+    assert result["programs"] == []
+    assert aot.refusal(result).startswith("does not fit: needs")
 
 
-@pytest.mark.parametrize("kind", ["v5e:2x2", "h100:4"])
-def test_the_sampler_compiles(kind: str) -> None:
-    result = compiled(f"sampler qwen3-0.6b {kind}")
+@pytest.mark.parametrize("name", SAMPLER)
+def test_the_sampler_compiles_and_moves_nothing(name: str) -> None:
+    result = compiled(name)
     assert {program["name"].partition("(")[2].partition(")")[0] for program in result["programs"]} == {
         "greedy",
         "sample",
