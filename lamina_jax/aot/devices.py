@@ -45,6 +45,16 @@ class DeviceKind:
 
 GB = 10**9
 
+_A100 = Gpu(
+    name="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    cores=108,
+    threads=2048,
+    shared_memory=164,
+    cache=40,
+    bandwidth=2039,
+    clock=1.41,
+)
 _H100 = Gpu(
     name="NVIDIA H100 80GB HBM3",
     capability=(9, 0),
@@ -75,14 +85,26 @@ _L40S = Gpu(
     bandwidth=864,
     clock=2.52,
 )
+_B200 = Gpu(
+    name="NVIDIA B200",
+    capability=(10, 0),
+    cores=148,
+    threads=2048,
+    shared_memory=228,
+    cache=126,
+    bandwidth=8000,
+    clock=1.965,
+)
 
 KINDS = {
     "v5e": DeviceKind(platform="tpu", memory=16 * GB),
     "v5p": DeviceKind(platform="tpu", memory=95 * GB),
     "v6e": DeviceKind(platform="tpu", memory=32 * GB),
+    "a100": DeviceKind(platform="cuda", memory=80 * GB, gpu=_A100),
     "h100": DeviceKind(platform="cuda", memory=80 * GB, gpu=_H100),
     "h20": DeviceKind(platform="cuda", memory=96 * GB, gpu=_H20),
     "l40s": DeviceKind(platform="cuda", memory=48 * GB, gpu=_L40S),
+    "b200": DeviceKind(platform="cuda", memory=180 * GB, gpu=_B200),
 }
 
 

@@ -183,6 +183,7 @@ def _attend_parts(
     R, H = q.shape[2:]
     page_size = values.shape[3]
     group = R // first.shape[1]
+    on_one_page = page_size % tiling.block == 0
     row = tile * tiling.rows + jnp.arange(tiling.rows, dtype=jnp.int32)
     column = jnp.arange(pl.next_power_of_2(H), dtype=jnp.int32)
     lane = jnp.arange(tiling.block, dtype=jnp.int32)
@@ -194,10 +195,13 @@ def _attend_parts(
         queries = _load(q.at[b, head, row[:, None], column[None, :]], in_row & in_column)
         row_first = _load(first.at[b, jax.lax.div(row, group)], row < R)
 
+        def looked_up(j: Array | int) -> Array:
+            """The slots of a block, or the first of them where all lie on one page: one look is enough."""
+            first_slot = start + j * tiling.block
+            return first_slot if on_one_page else first_slot + lane
+
         def look_up(j: Array | int) -> tuple[Array, Array]:
-            slot = start + j * tiling.block
-            if page_size % tiling.block:  # else a block lies on one page, and one look is enough
-                slot = slot + lane
+            slot = looked_up(j)
             entry = jax.lax.div(slot, page_size)
             page = _load(block_tables.at[b, entry], slot < stop)
             return page, plgpu.load(page_index.at[b, entry], mask=slot < stop, other=context_len)
@@ -205,7 +209,7 @@ def _attend_parts(
         def turn(j: Array, carry: tuple[_State, tuple[Array, Array]]) -> tuple[_State, tuple[Array, Array]]:
             state, found = carry
             page, place = (jnp.broadcast_to(x, lane.shape) for x in found)
-            offset = jax.lax.rem(start + j * tiling.block + lane, page_size)
+            offset = jax.lax.rem(looked_up(j), page_size) + (lane if on_one_page else 0)
             position = place * page_size + offset
             # What lies beyond the context is not read: it may be NaN, and 0 x NaN is NaN.
             cached = position < context_len
