@@ -244,7 +244,8 @@ def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str
     if TRANSFORMERS in timings:
         lines.append(f"{TRANSFORMERS}: its {timings[TRANSFORMERS][0]['cache']} cache, the faster one")
     if LLAMA_CPP in timings:
-        lines.append(f"{LLAMA_CPP}: its generation only; CPUs used are of its loading and prefill, too")
+        kind = timings[LLAMA_CPP][0]["cache"]
+        lines.append(f"{LLAMA_CPP}: its {kind} cache; its generation only, but CPUs used of its whole run")
     return "\n".join(lines)
 
 

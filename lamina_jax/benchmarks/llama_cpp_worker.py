@@ -5,9 +5,10 @@
 line {"steps": n, "batch": b, "context": c} that it reads, what so many decode steps took as a line of JSON.
 
 The tool loads the model and fills the cache by a prefill of its own, of one request whose cache it copies to
-the others; only its generation is timed. Its context grows by a token per step. One thread per core; "cpus"
-is of the tool's whole run, since it does not tell its parts apart. It ends with this process, and that with
-the one that started it.
+the others; only its generation is timed. Its context grows by a token per step. Of two bytes it has two kinds
+of cache; both are tried at each batch and context, and the faster is timed and named. One thread per core;
+"cpus" is of the tool's whole run, since it does not tell its parts apart. It ends with this process, and that
+with the one that started it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from lamina_jax.cluster.pin import die_with
 CACHE_PADDING = 256
 """llama.cpp gives every request a cache of a multiple of so many tokens."""
 
-CACHE_TYPES = {"float32": "f32", "bfloat16": "f16"}
-"""Of each dtype of the weights: of two bytes llama.cpp has float16, its default, in its fastest attention."""
+CACHES = {"float32": ("f32",), "bfloat16": ("f16", "bf16")}
+"""What its cache may be beside weights of each dtype; f16 is its default."""
+
+TRIED_STEPS = 4
 
 
 def main() -> None:
@@ -38,16 +42,28 @@ def main() -> None:
     if not file.exists():
         write_gguf(Path(settings["model"]), settings["dtype"], file)
     print("ready", flush=True)
+    cell, kind = None, ""
     for line in sys.stdin:
         asked = json.loads(line)
-        command = tool_command(
-            settings["tool"], file, settings["dtype"], asked["batch"], asked["context"], asked["steps"]
-        )
-        print(json.dumps(timed(command)), flush=True)
+        if cell != (asked["batch"], asked["context"]):
+            cell = asked["batch"], asked["context"]
+            kind = fastest(settings["tool"], file, CACHES[settings["dtype"]], *cell)
+        command = tool_command(settings["tool"], file, kind, *cell, asked["steps"])
+        print(json.dumps({**timed(command), "cache": kind}), flush=True)
 
 
-def tool_command(tool: str, file: Path, dtype: str, batch: int, context: int, steps: int) -> list[str]:
-    """What decodes `steps` tokens of `batch` requests with `context` cached tokens each."""
+def fastest(tool: str, file: Path, kinds: Sequence[str], batch: int, context: int) -> str:
+    """The kind of cache that is fastest here."""
+    if len(kinds) == 1:
+        return kinds[0]
+    seconds = {
+        kind: timed(tool_command(tool, file, kind, batch, context, TRIED_STEPS))["seconds"] for kind in kinds
+    }
+    return min(kinds, key=lambda kind: seconds[kind])
+
+
+def tool_command(tool: str, file: Path, kind: str, batch: int, context: int, steps: int) -> list[str]:
+    """What decodes `steps` tokens of `batch` requests with `context` cached tokens each, of one kind."""
     cache = batch * -(-(context + steps) // CACHE_PADDING) * CACHE_PADDING
     threads = len(os.sched_getaffinity(0))
     flags = {
@@ -58,8 +74,8 @@ def tool_command(tool: str, file: Path, dtype: str, batch: int, context: int, st
         "-npl": batch,
         "-t": threads,
         "-tb": threads,
-        "-ctk": CACHE_TYPES[dtype],
-        "-ctv": CACHE_TYPES[dtype],
+        "-ctk": kind,
+        "-ctv": kind,
         "--output-format": "jsonl",
     }
     return [tool, "-pps", *(str(part) for flag in flags.items() for part in flag)]

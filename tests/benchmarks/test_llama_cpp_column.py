@@ -14,7 +14,7 @@ from tiny_models import TINY, save_random
 
 from lamina_jax.benchmarks import llama_cpp_worker, reference
 from lamina_jax.benchmarks.gguf_file import write_gguf
-from lamina_jax.benchmarks.llama_cpp_worker import timed, tool_command
+from lamina_jax.benchmarks.llama_cpp_worker import fastest, timed, tool_command
 from lamina_jax.config import CheckpointError
 from lamina_jax.weights.safetensors import SINGLE, opened
 
@@ -54,16 +54,24 @@ def test_a_tool_that_skips_what_it_was_asked_for_has_failed(tool):
 
 
 def test_each_request_has_room_for_its_context_and_the_steps(tmp_path):
-    command = tool_command("tool", tmp_path, "bfloat16", batch=8, context=250, steps=7)
+    command = tool_command("tool", tmp_path, "f16", batch=8, context=250, steps=7)
     flags = dict(zip(command[2::2], command[3::2], strict=True))
     assert int(flags["-c"]) == 8 * 512  # 257 tokens
     assert (flags["-npl"], flags["-npp"], flags["-ntg"]) == ("8", "250", "7")
     assert flags["-ctk"] == flags["-ctv"] == "f16"
-    assert "f32" in tool_command("tool", tmp_path, "float32", 1, 1, 1)
+
+
+def test_the_faster_cache_is_timed(tmp_path, monkeypatch):
+    seconds = {"f16": 2.0, "bf16": 1.0}
+    monkeypatch.setattr(
+        llama_cpp_worker, "timed", lambda command: {"seconds": seconds[command[command.index("-ctk") + 1]]}
+    )
+    assert fastest("tool", tmp_path, ("f16", "bf16"), 8, 128) == "bf16"
+    assert fastest("tool", tmp_path, ("f32",), 8, 128) == "f32"
 
 
 def test_the_worker_answers_as_a_column_does(tool, tmp_path, monkeypatch, capsys):
-    settings = {"tool": tool(json.dumps(RESULT)), "model": "", "dtype": "bfloat16", "gguf": str(tmp_path)}
+    settings = {"tool": tool(json.dumps(RESULT)), "model": "", "dtype": "float32", "gguf": str(tmp_path)}
     asked = json.dumps({"steps": 9, "batch": 8, "context": 128})
     monkeypatch.setattr(llama_cpp_worker, "die_with", lambda parent: None)
     monkeypatch.setattr(sys, "argv", ["worker", json.dumps(settings)])
