@@ -39,16 +39,14 @@ class Tiling(NamedTuple):
     block: int
     stages: int
 
-    @property
-    def warps(self) -> int:
-        return 4 if self.rows < 128 else 8
 
-
-# Tokens of a block, and stages, by the bytes of a vector of H. Tried with ptxas for sm_80 to sm_100: the most
-# that leaves room for two programs on a multiprocessor of an H100 or B200 and one on that of an L40S,
-# without spills (`make test-aot` looks again).
+# Tokens of a block, and stages, by the bytes of a vector of H. Chosen by what ptxas says for sm_80 to sm_100
+# (tests/aot/test_gpu_kernels.py asks again), not timed: no spills, and in shared memory there is room for two
+# programs on a multiprocessor of an A100, H100 or B200 and for one on that of an L40S.
 _DECODE = {128: (64, 4), 256: (64, 3), 512: (32, 3), 1024: (16, 3)}
 _CHUNK = {128: (64, 3), 256: (64, 2), 512: (32, 2), 1024: (16, 2)}
+
+WARPS = 4
 
 MIN_ROWS, MAX_ROWS = 16, 64
 """The least rows that Triton multiplies, to which fewer are padded, and the most that fit the registers."""
@@ -57,6 +55,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 """Two, so that one copies while the other multiplies; more would only be more parts to merge."""
 
 INTERPRETED_PROGRAMS = 8
+
+_KEYS, _VALUES = 0, 1  # of a page's second axis
 
 
 def choose_tiling(num_rows: int, head_dim: int, itemsize: int) -> Tiling:
@@ -136,7 +136,7 @@ def paged_attention_gpu(
         functools.partial(_attend_parts, tiling=tiling, scale=scale, softcap=softcap),
         grid=(pl.cdiv(R, tiling.rows), K, programs),
         out_shape=(output_like(rows, (parts, K, R, H)), output_like(rows, (parts, K, R))),
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=tiling.stages),
         interpret=interpret,
         name="paged_attention_parts",
     )(
@@ -195,13 +195,13 @@ def _attend_parts(
         queries = _load(q.at[b, head, row[:, None], column[None, :]], in_row & in_column)
         row_first = _load(first.at[b, jax.lax.div(row, group)], row < R)
 
-        def looked_up(j: Array | int) -> Array:
-            """The slots of a block, or the first of them where all lie on one page: one look is enough."""
+        def slots(j: Array | int) -> Array:
+            """Those to look up for block j: all of it, or the first where it lies on one page."""
             first_slot = start + j * tiling.block
             return first_slot if on_one_page else first_slot + lane
 
         def look_up(j: Array | int) -> tuple[Array, Array]:
-            slot = looked_up(j)
+            slot = slots(j)
             entry = jax.lax.div(slot, page_size)
             page = _load(block_tables.at[b, entry], slot < stop)
             return page, plgpu.load(page_index.at[b, entry], mask=slot < stop, other=context_len)
@@ -209,42 +209,47 @@ def _attend_parts(
         def turn(j: Array, carry: tuple[_State, tuple[Array, Array]]) -> tuple[_State, tuple[Array, Array]]:
             state, found = carry
             page, place = (jnp.broadcast_to(x, lane.shape) for x in found)
-            offset = jax.lax.rem(looked_up(j), page_size) + (lane if on_one_page else 0)
+            offset = jax.lax.rem(slots(j), page_size) + (lane if on_one_page else 0)
             position = place * page_size + offset
             # What lies beyond the context is not read: it may be NaN, and 0 x NaN is NaN.
             cached = position < context_len
 
-            def read(part: int) -> Float[Array, "S H"]:
-                vectors = values.at[page[:, None], part, head, offset[:, None], column[None, :]]
+            def read(half: int) -> Float[Array, "S H"]:
+                vectors = values.at[page[:, None], half, head, offset[:, None], column[None, :]]
                 return _as_float(_load(vectors, cached[:, None] & in_column), q.dtype)
 
-            def read_scale(part: int) -> Float32[Array, "1 S"] | float:
-                return 1.0 if scales is None else _load(scales.at[page, part, head, offset], cached)[None, :]
+            def read_scale(half: int) -> Float32[Array, "1 S"] | float:
+                if scales is None:
+                    return 1.0
+                return _unit(values.dtype) * _load(scales.at[page, half, head, offset], cached)[None, :]
 
             visible = cached[None, :] & (position[None, :] >= row_first[:, None])
-            scores = scale * (_dot(queries, read(0).T) * read_scale(0))
+            scores = _dot(queries, read(_KEYS).T) * (scale * read_scale(_KEYS))
             if softcap is not None:
                 scores = softcap * jnp.tanh(scores / softcap)
-            state = _attend_block(state, jnp.where(visible, scores, -jnp.inf), read(1), read_scale(1))
+            state = _attend_block(
+                state, jnp.where(visible, scores, -jnp.inf), read(_VALUES), read_scale(_VALUES)
+            )
             # Looked up a turn ahead, so that no copy of pages waits for it.
             return state, look_up(j + 1)
 
-        nothing = _State(
-            maximum=jnp.full(row.shape, LOWEST, jnp.float32),
-            total=jnp.zeros(row.shape, jnp.float32),
-            weighted=jnp.zeros((row.shape[0], column.shape[0]), jnp.float32),
-        )
         turns = pl.cdiv(stop - start, tiling.block)
+        nothing = _start(tiling.rows, column.shape[0])
         state, _ = jax.lax.fori_loop(0, turns, turn, (nothing, look_up(0)))
-        seen = state.total > 0
-        total = jnp.where(seen, state.total, 1.0)
-        part_o = o.at[i, head, row[:, None], column[None, :]]
-        plgpu.store(part_o, state.weighted / total[:, None], mask=in_row & in_column)
-        part_lse = jnp.where(seen, state.maximum + jnp.log(total), -jnp.inf)
+        part_o, part_lse = _finish(state)
+        plgpu.store(o.at[i, head, row[:, None], column[None, :]], part_o, mask=in_row & in_column)
         plgpu.store(lse.at[i, head, row], part_lse, mask=row < R)
         return carry
 
     jax.lax.fori_loop(plan.program_parts[program], plan.program_parts[program + 1], part, 0)
+
+
+def _start(M: int, H: int) -> _State:
+    return _State(
+        maximum=jnp.full((M,), LOWEST, jnp.float32),
+        total=jnp.zeros((M,), jnp.float32),
+        weighted=jnp.zeros((M, H), jnp.float32),
+    )
 
 
 def _attend_block(
@@ -264,6 +269,13 @@ def _attend_block(
     )
 
 
+def _finish(state: _State) -> tuple[Float32[Array, "M H"], Float32[Array, "M"]]:
+    """(o, lse); o = 0 and lse = -inf for the rows that saw nothing."""
+    seen = state.total > 0
+    total = jnp.where(seen, state.total, 1.0)
+    return state.weighted / total[:, None], jnp.where(seen, state.maximum + jnp.log(total), -jnp.inf)
+
+
 def _dot(a: Float[Array, "M X"], b: Float[Array, "X S"]) -> Float32[Array, "M S"]:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -275,16 +287,20 @@ def _load(ref: Any, mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
 
 
 def _as_float(values: Shaped[Array, "S H"], dtype: jnp.dtype) -> Float[Array, "S H"]:
-    """Pages as they are multiplied: the same values."""
+    """Pages as they are multiplied: the same values, in units of `_unit`."""
     if values.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values, dtype)
     if values.dtype == jnp.uint8:
         # A float8_e4m3fn is a float16 with a shorter fraction and an exponent whose bias is 8 less. Once
         # extended and shifted, the sign stands in its own bit and in the next.
         wide = jax.lax.bitcast_convert_type(values, jnp.int8).astype(jnp.int16) << 7
-        half = jax.lax.bitcast_convert_type(wide & jnp.int16(~0x4000), jnp.float16)
-        return (half.astype(jnp.float32) * 2.0**8).astype(dtype)
+        values = jax.lax.bitcast_convert_type(wide & jnp.int16(~0x4000), jnp.float16)
     return values.astype(dtype)
+
+
+def _unit(stored: jnp.dtype) -> float:
+    """What a value of `_as_float` counts: a factor of the scales, of which there are fewer."""
+    return 2.0**8 if stored == jnp.uint8 else 1.0
 
 
 def _check_addressable(values: Shaped[Array, "P 2 K p H"]) -> None:
