@@ -19,6 +19,7 @@ from lamina_jax.benchmarks.kernel_passes import (
     empty_step,
     make_pool,
     paged_step,
+    planned_step,
 )
 from lamina_jax.compilation import num_cores
 from lamina_jax.cpu_kernels import use_native
@@ -26,6 +27,12 @@ from lamina_jax.devices import choose_worker_devices
 
 PASS_BYTES = 256 << 20
 """What a pass reads at least, where memory allows: several times what caches hold."""
+
+PLANNED = "gpu-planned"
+"""The kernel of a GPU with its split plan made once for all layers; "gpu" makes one in every call."""
+
+MOST_VALUES = 2**31
+"""In a pool: more of one byte each are refused by the kernel of a GPU."""
 
 OTHERS_DTYPE = "bfloat16"
 """The only one that the kernels of others are timed with."""
@@ -75,7 +82,7 @@ class Columns:
         token = sum(shape.token_bytes(dtype) for dtype in dtypes) * len(set(self._kernels.values()))
         token += self._others * shape.token_bytes(OTHERS_DTYPE)
         page_bytes = min(map(shape.token_bytes, dtypes)) * shape.page_size
-        most = memory // (token * shape.page_size)
+        most = min(memory // (token * shape.page_size), MOST_VALUES // shape.page_values)
         self.cells = [cell for cell in cells if cell.pages(shape.page_size) <= most]
         needed = max((cell.pages(shape.page_size) for cell in self.cells), default=0)
         self.num_pages = max(needed, min(most, -(-PASS_BYTES // page_bytes)))
@@ -83,7 +90,8 @@ class Columns:
     def ours(self) -> Iterator[Column]:
         """Each reading of `pallas_kernels.paged_attention` with each dtype."""
         for kernel, dtype in product(self._kernels, self._dtypes):
-            yield Column(kernel, dtype, partial(self._pass, kernel, dtype, paged_step(dtype, kernel)))
+            step = planned_step(dtype) if kernel == PLANNED else paged_step(dtype, kernel)
+            yield Column(kernel, dtype, partial(self._pass, kernel, dtype, step))
 
     def nothing(self, column: Column) -> Column:
         """In the place of one of ours: calls that read no pages."""
@@ -119,4 +127,6 @@ def _kernels(devices: Sequence[jax.Device]) -> dict[str, int]:
     kernels = {devices[0].platform: len(devices)}
     if use_native("auto", devices[0]):
         kernels["native"] = 1
+    if devices[0].platform == "gpu":
+        kernels[PLANNED] = 1
     return kernels

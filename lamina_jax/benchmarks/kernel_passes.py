@@ -24,8 +24,13 @@ DTYPES = "float32", "bfloat16", "int8", "float8_e4m3fn"
 MOST_CALLS = 1024
 """In a pass."""
 
-Step = Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array]
-"""One call: q [B, N, H], pages, block tables [B, M] and context lengths [B] to an output like q."""
+NO_WINDOW = 2**30
+
+Call = Callable[[jax.Array, jax.Array], jax.Array]
+"""What a layer computes: q [B, N, H] and its block tables [B, M] to an output like q."""
+
+Step = Callable[[jax.Array, Any, jax.Array, int], Call]
+"""What a decode step computes once, of q, pages, context lengths [B] and M, to the call of every layer."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 64
+
+    @property
+    def page_values(self) -> int:
+        return 2 * self.kv_heads * self.page_size * self.head_dim
 
     def token_bytes(self, dtype: str) -> int:
         """K and V of one token, with the scales of a quantised dtype."""
@@ -145,33 +154,55 @@ def make_pool(shape: Shape, dtype: str, num_pages: int, devices: Sequence[jax.De
 def paged_step(dtype: str, platform: str | None) -> Step:
     """A call of `pallas_kernels.paged_attention`, as a decode step makes it."""
 
-    def step(q: jax.Array, pages: Pages, tables: jax.Array, context_lens: jax.Array) -> jax.Array:
-        page_index = jnp.broadcast_to(jnp.arange(tables.shape[1], dtype=jnp.int32), tables.shape)
-        o, _ = paged_attention(
-            q[:, None],
-            pages,
-            tables,
-            context_lens,
-            page_index,
-            context_lens[:, None],
-            2**30,
-            scale=q.shape[-1] ** -0.5,
-            dtype=jnp.dtype(dtype),
-            platform=platform,
-        )
-        return o[:, 0].astype(q.dtype)
+    attend = functools.partial(paged_attention, platform=platform)
+    return functools.partial(_paged_step, attend, jnp.dtype(dtype))
+
+
+def planned_step(dtype: str) -> Step:
+    """The same of the GPU's kernel, whose split plan the step makes once for all layers."""
+    from pallas_kernels.paged_attention.gpu import paged_attention_gpu, split_plan
+
+    def step(q: jax.Array, pages: Pages, context_lens: jax.Array, width: int) -> Call:
+        lengths = context_lens, _places(context_lens, width), context_lens[:, None]
+        plan = split_plan(q[:, None], pages, *lengths, NO_WINDOW)
+        attend = functools.partial(paged_attention_gpu, softcap=None, plan=plan)
+        return _paged_step(attend, jnp.dtype(dtype), q, pages, context_lens, width)
 
     return step
 
 
-def empty_step(q: jax.Array, pages: Pages, tables: jax.Array, context_lens: jax.Array) -> jax.Array:
-    """What a call costs that reads nothing: to be taken off the fixed cost of one that does."""
-    return q + (tables[:, :1, None] + context_lens[:, None, None]).astype(q.dtype)
+def empty_step(q: jax.Array, pages: Pages, context_lens: jax.Array, width: int) -> Call:
+    """Calls that read nothing: what they cost is taken off the fixed cost of one that does."""
+    return lambda q, tables: q + (tables[:, :1, None] + context_lens[:, None, None]).astype(q.dtype)
+
+
+def _paged_step(
+    attend: Callable[..., tuple[jax.Array, jax.Array]],
+    dtype: jnp.dtype,
+    q: jax.Array,
+    pages: Pages,
+    context_lens: jax.Array,
+    width: int,
+) -> Call:
+    page_index, scale = _places(context_lens, width), q.shape[-1] ** -0.5
+
+    def call(q: jax.Array, tables: jax.Array) -> jax.Array:
+        where = tables, context_lens, page_index, context_lens[:, None], NO_WINDOW
+        o, _ = attend(q[:, None], pages, *where, scale=scale, dtype=dtype)
+        return o[:, 0].astype(q.dtype)
+
+    return call
+
+
+def _places(context_lens: jax.Array, width: int) -> jax.Array:
+    """page_index [B, M], as the scheduler writes it for a worker that holds whole requests."""
+    return jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (context_lens.shape[0], width))
 
 
 def _calls(step: Step, q: jax.Array, pages: Pages, tables: jax.Array, context_lens: jax.Array) -> jax.Array:
     """One call for each of the tables [C, B, M]."""
-    last, _ = jax.lax.scan(lambda q, table: (step(q, pages, table, context_lens), None), q, tables)
+    call = step(q, pages, context_lens, tables.shape[-1])
+    last, _ = jax.lax.scan(lambda q, table: (call(q, table), None), q, tables)
     return last
 
 

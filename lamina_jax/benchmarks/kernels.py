@@ -25,7 +25,7 @@ from lamina_jax.memory import available_memory
 GROUP = 4
 QUICK = {
     "cpu": [(1, 128), (8, 128), (32, 128), (1, 4096), (8, 1024), (32, 1024)],
-    "gpu": [(1, 128), (32, 1024), (1, 131072), (8, 8192), (32, 8192), (256, 4096)],
+    "gpu": [(1, 128), (32, 1024), (1, 131072), (8, 8192), (32, 8192), (256, 2048)],
     "tpu": [(1, 128), (32, 1024), (1, 131072), (8, 8192), (32, 8192)],
 }
 """By platform: batch and context of a quick run's cells, with GROUP query heads per KV head."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lamina_jax.benchmarks.kernel_passes import Cell, Pass, Pool
+from lamina_jax.benchmarks.kernel_passes import Call, Cell, Pass, Pool
 
 NAME = "jax"
+GPU_BLOCK_TOKENS = 128
+"""Read at a time, in two stages: more do not fit into an H100's shared memory."""
 
 
 def make_pass(pool: Pool, cell: Cell) -> Pass:
@@ -27,16 +30,17 @@ def make_pass(pool: Pool, cell: Cell) -> Pass:
     return replace(pool, pages=fill(page)).make_pass(NAME, cell, step)
 
 
-def _gpu_step(q: jax.Array, pages: Any, tables: jax.Array, context_lens: jax.Array) -> jax.Array:
+def _gpu_step(q: jax.Array, pages: Any, context_lens: jax.Array, width: int) -> Call:
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-    splits = math.gcd(tables.shape[1], 16)
-    block = math.gcd(tables.shape[1] // splits, 8)
-    return paged_attention(q, *pages, tables, context_lens, k_splits=splits, pages_per_compute_block=block)
+    splits = math.gcd(width, 16)
+    block = math.gcd(width // splits, max(1, GPU_BLOCK_TOKENS // pages[0].shape[2]))
+    attend = partial(paged_attention, k_splits=splits, pages_per_compute_block=block)
+    return lambda q, tables: attend(q, *pages, tables, context_lens)
 
 
-def _tpu_step(q: jax.Array, pages: Any, tables: jax.Array, context_lens: jax.Array) -> jax.Array:
+def _tpu_step(q: jax.Array, pages: Any, context_lens: jax.Array, width: int) -> Call:
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    block = math.gcd(tables.shape[1], 16)
-    return paged_attention(q, *pages, context_lens, tables, pages_per_compute_block=block)
+    attend = partial(paged_attention, pages_per_compute_block=math.gcd(width, 16))
+    return lambda q, tables: attend(q, *pages, context_lens, tables)

@@ -88,15 +88,20 @@ def test_one_kernels_failure_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
 
 def test_goals_count_the_cells_that_meet_them() -> None:
     rows = [
-        {"kernel": "gpu", "dtype": "bfloat16", "fixed_microseconds": 16.0},
-        {"kernel": "gpu", "dtype": "bfloat16", "share": 0.95, "cell_bytes": 2 * 10**9},
-        {"kernel": "gpu", "dtype": "bfloat16", "share": 0.85, "cell_bytes": 10**9},
-        {"kernel": "gpu", "dtype": "bfloat16", "share": 0.10, "cell_bytes": 10**6},  # too small to count
-        {"kernel": "gpu", "dtype": "int8", "error": "ValueError", "cell_bytes": 10**9},
+        {"kernel": "gpu-planned", "dtype": "bfloat16", "fixed_microseconds": 16.0},
+        {"kernel": "gpu-planned", "dtype": "bfloat16", "share": 0.95, "cell_bytes": 2 * 10**9},
+        {"kernel": "gpu-planned", "dtype": "bfloat16", "share": 0.85, "cell_bytes": 10**9},
+        {
+            "kernel": "gpu-planned",
+            "dtype": "bfloat16",
+            "share": 0.10,
+            "cell_bytes": 10**6,
+        },  # too small to count
+        {"kernel": "gpu-planned", "dtype": "int8", "error": "ValueError", "cell_bytes": 10**9},
     ]
     assert list(goals(rows)) == [
-        "goal: gpu bfloat16 at least 0.9 of what the device gives: 0.85 to 0.95, met in 1 of 2 cells",
-        "goal: gpu bfloat16 fixed cost of a call at most 15 us: 16.0 (missed)",
+        "goal: gpu-planned bfloat16 at least 0.9 of what the device gives: 0.85 to 0.95, met in 1 of 2 cells",
+        "goal: gpu-planned bfloat16 fixed cost of a call at most 15 us: 16.0 (missed)",
     ]
 
 
