@@ -26,34 +26,31 @@ constexpr int64_t kWorthHelp = 256 * 1024;  // bytes of pages; fewer are read be
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What pages hold, and as what it is computed with: `Element`s, 64 bytes of a row as one `Vector`. Numbers of
-// 8 bits are bfloat16 exactly, and are opened into it page by page; their scales go to scores and weights.
+// What pages hold, and how a vector of it is read: 16 float32, or 32 bfloat16 as the halves of 16 words. The 8-bit
+// kinds are read as the whole numbers or float8 that they are; their scales go to scores and weights.
 struct Float32 {
   using Stored = float;
   using Element = float;
   using Vector = Floats;
+  static Floats read(const float* from) { return load<Floats>(from); }
+};
+struct Int8 {
+  using Stored = int8_t;
+  using Element = float;
+  using Vector = Floats;
+  static Floats read(const int8_t* from) { return floats_of(load<SignedBytes>(from)); }
+};
+struct Float8 {
+  using Stored = uint8_t;
+  using Element = float;
+  using Vector = Floats;
+  static Floats read(const uint8_t* from) { return floats_of(load<Bytes>(from)); }
 };
 struct Bfloat16 {
   using Stored = uint16_t;
   using Element = uint16_t;
   using Vector = Words;
-};
-struct Int8 : Bfloat16 {
-  using Stored = int8_t;
-  static Halves open(const Stored* from) {
-    return upper_halves(__builtin_convertvector(load<SignedBytes>(from), Floats));
-  }
-};
-struct Float8 : Bfloat16 {  // e4m3fn, without its NaN
-  using Stored = uint8_t;
-  static Halves open(const Stored* from) {
-    Words bits = __builtin_convertvector(load<Bytes>(from), Words);
-    // Exponent and mantissa in the places of a float32's, the bias 127 instead of 7. Exponent 0 has no leading 1.
-    Words magnitude = ((bits & 0x7fu) << 20) + (120u << 23);
-    Floats value = as_floats(magnitude);
-    value = (bits & 0x78u) == 0 ? value + value - 0x1p-6f : value;
-    return upper_halves(as_floats(as_words(value) | (bits & 0x80u) << 24));
-  }
+  static Words read(const uint16_t* from) { return load<Words>(from); }
 };
 
 template <class Page>
@@ -87,14 +84,12 @@ struct State {
   float* weighted;   // [rows, width]: sum of weight x v; of bfloat16 each 32 as 16 even elements and 16 odd ones
   float* scores;     // [rows, tokens], then their weights
   uint16_t* rounded;  // [rows, tokens]: the weights as bfloat16
-  Element* opened;    // [p, H]: a quantised page's k or v
   float *key_scales, *value_scales;  // [tokens], 0 where there is no token
   float maximum[kTaskRows], total[kTaskRows];
 
   State(int64_t rows, int64_t H, int64_t p)
       : rows(rows), width(round_up(H, 2 * kLanes)), tokens(round_up(p, 2 * kLanes)) {
-    const int64_t opening = kQuantized<Page> ? round_up(p * H, 2 * kLanes) / 2 + 2 * tokens : 0;
-    const int64_t floats = rows * (width + width + tokens + tokens / 2) + opening;
+    const int64_t floats = rows * (width + width + tokens + tokens / 2) + 2 * tokens;
     memory = std::make_unique<char[]>(floats * sizeof(float) + 64);
     auto* aligned = reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64));
     weighted = aligned;
@@ -103,7 +98,6 @@ struct State {
     q = reinterpret_cast<Element*>(rounded + rows * tokens);
     value_scales = reinterpret_cast<float*>(q + rows * width);
     key_scales = value_scales + tokens;
-    opened = reinterpret_cast<Element*>(key_scales + tokens);
     std::fill_n(maximum, rows, kNone);
     std::fill_n(total, rows, 0.0f);
   }
@@ -117,35 +111,45 @@ Element rounded(float x) {
 
 // scores[r, j] = q[r] . k[j] for `Rows` rows and as many tokens as fill a vector; those from `count` on repeat the last.
 template <class Page, int Rows>
-void score(const typename Page::Element* q, int64_t width, const typename Page::Element* k, int64_t H, int64_t count,
+void score(const typename Page::Element* q, int64_t width, const typename Page::Stored* k, int64_t H, int64_t count,
            float* scores, int64_t stride) {
   using Vector = typename Page::Vector;
   constexpr int kTokens = kLanes / Rows;
   constexpr int64_t kStep = 64 / sizeof(typename Page::Element);
-  const typename Page::Element* keys[kTokens];
+  const typename Page::Stored* keys[kTokens];
   for (int j = 0; j < kTokens; j++) keys[j] = k + std::min<int64_t>(j, count - 1) * H;
   Floats totals[kLanes] = {};
-  // One token after the other: memory is read in the order in which it lies.
-  auto token = [&](int j) {
-    auto step = [&](Vector key, int64_t h) {
+  auto step = [&](int j, int64_t h, Vector key) {
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) {
-        totals[r * kTokens + j] = dot(totals[r * kTokens + j], load<Vector>(q + r * width + h), key);
-      }
-    };
-    int64_t h = 0;
-    for (; h + kStep <= H; h += kStep) step(load<Vector>(keys[j] + h), h);
-    if (h < H) step(load_half<Vector>(keys[j] + h), h);
+    for (int r = 0; r < Rows; r++) {
+      totals[r * kTokens + j] = dot(totals[r * kTokens + j], load<Vector>(q + r * width + h), key);
+    }
   };
+  const int64_t stop = H / kStep * kStep;
+  if constexpr (Rows < 4) {  // one token after the other: memory is read in the order in which it lies
 #pragma GCC unroll 16
-  for (int j = 0; j < kTokens; j++) token(j);
+    for (int j = 0; j < kTokens; j++) {
+      for (int64_t h = 0; h < stop; h += kStep) step(j, h, Page::read(keys[j] + h));
+    }
+  } else {  // four rows and four tokens meet in registers
+    for (int64_t h = 0; h < stop; h += kStep) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; j++) step(j, h, Page::read(keys[j] + h));
+    }
+  }
+  if constexpr (std::is_same_v<Page, Bfloat16>) {
+    if (stop < H) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; j++) step(j, stop, load_half<Words>(keys[j] + stop));
+    }
+  }
   Floats found = sums(totals);
   for (int r = 0; r < Rows; r++) std::memcpy(scores + r * stride, reinterpret_cast<float*>(&found) + r * kTokens, kTokens * sizeof(float));
 }
 
 // Scores of a page's first `count` tokens.
 template <class Page, int Rows>
-void score_page(const State<Page>& state, int64_t row, const typename Page::Element* k, int64_t H, int64_t count) {
+void score_page(const State<Page>& state, int64_t row, const typename Page::Stored* k, int64_t H, int64_t count) {
   constexpr int kTokens = kLanes / Rows;
   for (int64_t j = 0; j < count; j += kTokens) {
     score<Page, Rows>(state.q + row * state.width, state.width, k + j * H, H, count - j,
@@ -184,7 +188,9 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
     total += weights;
     if constexpr (kQuantized<Page>) weights *= load<Floats>(state.value_scales + j);
     store(scores + j, weights);
-    store(state.rounded + r * state.tokens + j, round_to_bfloat16(weights));
+    if constexpr (std::is_same_v<Page, Bfloat16>) {
+      store(state.rounded + r * state.tokens + j, round_to_bfloat16(weights));
+    }
   }
   const float shrink = std::exp(state.maximum[r] - highest);
   state.total[r] = state.total[r] * shrink + sum(total);
@@ -193,15 +199,15 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
 }
 
 // weighted[r] = shrink[r] * weighted[r] + sum of weight[r, j] x v[j], for `Rows` rows, from element h on.
-template <class Page, int Rows, int Chunks>
-void add_chunks(State<Page>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t h, int64_t count) {
+template <int Rows, int Chunks, class Page>
+void add_chunks(State<Page>& state, int64_t row, const float* shrink, const typename Page::Stored* v, int64_t H, int64_t h, int64_t count) {
   Floats totals[Rows][Chunks];
   auto at = [&](int r, int c) { return state.weighted + (row + r) * state.width + h + c * kLanes; };
   for (int r = 0; r < Rows; r++)
     for (int c = 0; c < Chunks; c++) totals[r][c] = load<Floats>(at(r, c)) * shrink[r];
   for (int64_t j = 0; j < count; j++) {
     for (int c = 0; c < Chunks; c++) {
-      Floats value = load<Floats>(v + j * H + h + c * kLanes);
+      Floats value = Page::read(v + j * H + h + c * kLanes);
       for (int r = 0; r < Rows; r++) totals[r][c] += value * state.scores[(row + r) * state.tokens + j];
     }
   }
@@ -209,17 +215,17 @@ void add_chunks(State<Page>& state, int64_t row, const float* shrink, const floa
     for (int c = 0; c < Chunks; c++) store(at(r, c), totals[r][c]);
 }
 
-template <class Page, int Rows>
-void add_values(State<Page>& state, int64_t row, const float* shrink, const float* v, int64_t H, int64_t count) {
+template <int Rows, class Page>
+void add_values(State<Page>& state, int64_t row, const float* shrink, const typename Page::Stored* v, int64_t H, int64_t count) {
   constexpr int kChunks = 16 / Rows;  // accumulators in registers: 16
   int64_t h = 0;
-  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Page, Rows, kChunks>(state, row, shrink, v, H, h, count);
-  for (; h < H; h += kLanes) add_chunks<Page, Rows, 1>(state, row, shrink, v, H, h, count);
+  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Rows, kChunks>(state, row, shrink, v, H, h, count);
+  for (; h < H; h += kLanes) add_chunks<Rows, 1>(state, row, shrink, v, H, h, count);
 }
 
 // Two tokens at a time; the last of an odd number meets itself with weight 0. `Chunks`: of 32 elements each.
-template <class Page, int Rows, int Chunks, class Load>
-void add_pairs(State<Page>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
+template <int Rows, int Chunks, class Load>
+void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
                int64_t count, Load load_values) {
   Floats even[Rows][Chunks], odd[Rows][Chunks];
   const uint16_t* weights[Rows];
@@ -257,17 +263,17 @@ void add_pairs(State<Page>& state, int64_t row, const float* shrink, const uint1
   }
 }
 
-template <class Page, int Rows>
-void add_values(State<Page>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
+template <int Rows>
+void add_values(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
   constexpr int kChunks = 8 / Rows;  // accumulators in registers: 16
   auto whole = [](const void* from) { return load<Words>(from); };
   int64_t h = 0;
   for (; h + kChunks * 2 * kLanes <= H; h += kChunks * 2 * kLanes) {
-    add_pairs<Page, Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
+    add_pairs<Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
   }
-  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Page, Rows, 1>(state, row, shrink, v, H, h, count, whole);
+  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, whole);
   auto half = [](const void* from) { return load_half<Words>(from); };
-  if (h < H) add_pairs<Page, Rows, 1>(state, row, shrink, v, H, h, count, half);
+  if (h < H) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, half);
 }
 
 // `each(rows, row)` for all rows in groups of 8 (where `Most` allows), 4, 2 or 1, `rows` as a constant.
@@ -296,21 +302,9 @@ void take_scales(const float* from, int64_t count, int64_t tokens, float* to) {
   std::fill(to + count, to + tokens, 0.0f);
 }
 
-// `count` numbers of a page as elements; count is a multiple of 16.
-template <class Page>
-const typename Page::Element* opened(const typename Page::Stored* from, int64_t count, typename Page::Element* to) {
-  if constexpr (kQuantized<Page>) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, Page::open(from + i));
-    return to;
-  } else {
-    return from;
-  }
-}
-
 // Entries [start, stop) of a request's block table, all of which hold cached tokens.
 template <class Page>
 void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop) {
-  using Element = typename Page::Element;
   const int64_t head = call.p * call.H;
   for (int64_t m = start; m < stop; m++) {
     const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
@@ -323,15 +317,14 @@ void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t 
       take_scales(call.scales + v_at * call.p, count, state.tokens, state.value_scales);
     }
 
-    const Element* keys = opened<Page>(stored + k_at * head, count * call.H, state.opened);
+    const auto *keys = stored + k_at * head, *values = stored + v_at * head;
     by_group<4>(state.rows, [&](auto rows, int64_t row) { score_page<Page, rows>(state, row, keys, call.H, count); });
     float shrink[kTaskRows];
     for (int64_t r = 0; r < state.rows; r++) {
       const int64_t hidden = call.first_visible(b, first_row + r) - position;
       shrink[r] = weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
     }
-    const Element* values = opened<Page>(stored + v_at * head, count * call.H, state.opened);
-    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<Page, rows>(state, row, shrink + row, values, call.H, count); });
+    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<rows>(state, row, shrink + row, values, call.H, count); });
   }
 }
 
@@ -358,7 +351,7 @@ void write(const Call& call, const float* weighted, float maximum, float total, 
   float* o = call.o + at * call.H;
   const float inverse = total > 0 ? 1.0f / total : 0.0f;
   for (int64_t h = 0; h < call.H; h++) {
-    const int64_t from = sizeof(typename Page::Element) == 4 ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
+    const int64_t from = !std::is_same_v<Page, Bfloat16> ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
     o[h] = total > 0 ? weighted[from] * inverse : 0.0f;
   }
   call.lse[at] = total > 0 ? maximum + std::log(total) : kNone;

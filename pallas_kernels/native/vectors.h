@@ -68,8 +68,14 @@ inline Floats dot(Floats sum, Words a, Words b) {
 inline Words even_pairs(Words first, Words second) { return (first & 0xffffu) | (second << 16); }
 inline Words odd_pairs(Words first, Words second) { return (first >> 16) | (second & 0xffff0000u); }
 
-// The upper halves of 16 float32: bfloat16 where nothing is below.
-inline Halves upper_halves(Floats x) { return __builtin_convertvector(as_words(x) >> 16, Halves); }
+// Conversions to other widths, which GCC does number by number unless it is told how.
+inline Halves narrow(Words x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
 
 // Rounded to the nearest bfloat16, ties to even, as bits. NaN stays NaN.
 inline uint16_t to_bfloat16(float x) {
@@ -82,7 +88,30 @@ inline uint16_t to_bfloat16(float x) {
 // The same for 16 numbers that are no NaN.
 inline Halves round_to_bfloat16(Floats x) {
   Words bits = as_words(x);
-  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+  return narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// 16 whole numbers of 8 bits.
+inline Floats floats_of(SignedBytes x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#else
+  return __builtin_convertvector(x, Floats);
+#endif
+}
+
+// 16 numbers of float8 e4m3fn, without its NaN.
+inline Floats floats_of(Bytes x) {
+#if defined(__AVX512F__)
+  Words bits = (Words)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+  Words bits = __builtin_convertvector(x, Words);
+#endif
+  // Exponent and mantissa in the places of a float32's, the bias 127 instead of 7. With exponent 0 there is no
+  // leading 1: what stands for 2^-7 (1 + m / 8) is to be 2^-6 m / 8.
+  Floats magnitude = as_floats(((bits & 0x7fu) << 20) + (120u << 23));
+  magnitude = (bits & 0x78u) == 0 ? magnitude + magnitude - 0x1p-6f : magnitude;
+  return as_floats(as_words(magnitude) | (bits & 0x80u) << 24);
 }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
