@@ -67,7 +67,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     """A row per case; what does not fit is refused in words."""
     header = ["", "devices", "hosts", "programs", "seconds", "weights", "pages", "temporaries", "in flight"]
     return format_table(
-        [*header, "of", "collectives of a layer", "kernels"], [_row(each) for each in results]
+        [*header, "usable", "collectives of a layer", "kernels"], [_row(each) for each in results]
     )
 
 
