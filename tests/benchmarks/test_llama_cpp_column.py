@@ -37,34 +37,37 @@ def tool(tmp_path):
     return make
 
 
-def test_only_the_generation_counts(tool):
-    taken = timed([tool("", json.dumps(RESULT), "")])
+@pytest.mark.parametrize("more", [[], [json.dumps({**RESULT, "pp": 1, "t_tg": 0.5, "speed_tg": 144.0})]])
+def test_only_the_first_generation_counts(tool, more):
+    taken = timed([tool("", json.dumps(RESULT), *more, "")], 128)
     assert taken.pop("cpus") > 0
     assert taken == {"tokens_per_second": 96.0, "seconds": 0.75, "steps": 9}
 
 
 def test_a_tool_that_fails_is_quoted(tool):
     with pytest.raises(SystemExit, match=r"exit code 3, 1 results.*\nunable to load model"):
-        timed([tool(json.dumps(RESULT), code=3)])
+        timed([tool(json.dumps(RESULT), code=3)], 128)
 
 
 def test_a_tool_that_skips_what_it_was_asked_for_has_failed(tool):
-    with pytest.raises(SystemExit, match="exit code 0, 0 results where one is expected"):
-        timed([tool("")])
+    with pytest.raises(SystemExit, match="exit code 0, 0 results of context 128"):
+        timed([tool(json.dumps({**RESULT, "pp": 1}))], 128)
 
 
 def test_each_request_has_room_for_its_context_and_the_steps(tmp_path):
     command = tool_command("tool", tmp_path, "f16", batch=8, context=250, steps=7)
     flags = dict(zip(command[2::2], command[3::2], strict=True))
     assert int(flags["-c"]) == 8 * 512  # 257 tokens
-    assert (flags["-npl"], flags["-npp"], flags["-ntg"]) == ("8", "250", "7")
+    assert (flags["-npl"], flags["-npp"], flags["-ntg"]) == ("8", "250,1", "7")
     assert flags["-ctk"] == flags["-ctv"] == "f16"
 
 
 def test_the_faster_cache_is_timed(tmp_path, monkeypatch):
     seconds = {"f16": 2.0, "bf16": 1.0}
     monkeypatch.setattr(
-        llama_cpp_worker, "timed", lambda command: {"seconds": seconds[command[command.index("-ctk") + 1]]}
+        llama_cpp_worker,
+        "timed",
+        lambda command, context: {"seconds": seconds[command[command.index("-ctk") + 1]]},
     )
     assert fastest("tool", tmp_path, ("f16", "bf16"), 8, 128) == "bf16"
     assert fastest("tool", tmp_path, ("f32",), 8, 128) == "f32"
