@@ -72,7 +72,7 @@ def paged_attention(
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
             reading written for it; None: plain XLA operators, for any platform. Only "tpu" narrows the
-            shapes (H % 128 = 0, p % 8 = 0 in float32, p % 16 = 0 in bfloat16).
+            shapes (H % 16 = 0; p % 8 = 0 in float32, p % 16 = 0 in bfloat16, p % 64 = 0 in 8 bits).
         interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
     Returns:
@@ -89,7 +89,7 @@ def paged_attention(
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}")
     if interpret and platform not in ("gpu", "tpu"):
         raise ValueError(f"interpret=True needs a Pallas kernel: platform='gpu' or 'tpu', got {platform!r}")
-    if platform == "tpu" and not isinstance(pages, QuantizedPages):
+    if platform == "tpu":
         return paged_attention_tpu(q, pages, *where, scale=scale, softcap=softcap, interpret=interpret)
     if platform == "gpu":
         return paged_attention_gpu(

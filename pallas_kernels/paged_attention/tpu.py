@@ -1,13 +1,18 @@
-"""Paged attention for a TPU: a Pallas (Mosaic) kernel that copies pages into VMEM one ahead of the products.
+"""Paged attention for a TPU: a Pallas (Mosaic) kernel that reads each visited page once.
 
-One grid step is one request. Its block table, in scalar memory, names the pages; each comes whole, K and V
-of every KV head, into one of two buffers while the other is worked on.
+Here is what surrounds the kernel: which shapes it takes, how the work is cut into items, and the layouts.
+The body is `tpu_kernel.py`, the copies of pages `tpu_ring.py`, the sizes `tpu_plan.py`.
+
+Two layouts are not what one would expect. Where few query rows meet a KV head, h heads share the 8 rows of
+a tile: their queries stand in a block diagonal [h G, h H] and their keys side by side, so that one product
+scores them all. And XLA keeps pages whose H does not fill the lanes, but whose p does, with the tokens
+in the lanes: the kernel takes them so, for any other order would be a copy of the whole pool.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +20,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.paged_attention import online_softmax
 from pallas_kernels.paged_attention.contract import (
+    Pages,
+    QuantizedPages,
     first_visible,
     fold_queries,
     unfold_queries,
     visited_entries,
 )
+from pallas_kernels.paged_attention.tpu_kernel import LOG2_E, Scoring, attend_item
+from pallas_kernels.paged_attention.tpu_plan import LANES, Blocks, Chip, choose_blocks, this_chip
+from pallas_kernels.paged_attention.tpu_ring import Work
 
-LANES = 128
-SUBLANES = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}
-"""Rows of a tile of each dtype that the kernel takes."""
+_STORED = ("float32", "bfloat16", "int8", "float8_e4m3fn", "uint8")
+# Of the one MiB of scalar memory, what the tables may take.
+_TABLE_BYTES = 768 << 10
 
 
 def paged_attention_tpu(
     q: Float[Array, "B Q N H"],
-    pages: Float[Array, "P 2 K p H"],
+    pages: Pages,
     block_tables: Int32[Array, "B M"],
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
@@ -39,112 +48,236 @@ def paged_attention_tpu(
     *,
     scale: float,
     softcap: float | None,
+    chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
-    """See `pallas_kernels.paged_attention`. `interpret` goes to `pl.pallas_call`.
-
-    Both tables must fit scalar memory (8 B M bytes), and two pages and the rows of one request VMEM.
+    """See `pallas_kernels.paged_attention`. `interpret` goes to `pl.pallas_call`; `chip` is what the sizes
+    are chosen for, by default the one that the program is traced for.
 
     Raises:
-        ValueError: a dtype, a head dimension or a page size that does not fill whole tiles.
+        ValueError: a dtype, a head dimension or a page size that the kernel does not take.
     """
-    _check_tiles(pages)
-    B, Q, N, H = q.shape
-    _, _, K, page_size, _ = pages.shape
-    sublanes = SUBLANES[pages.dtype]
-    rows = Q * (N // K)
-    R = -(-rows // sublanes) * sublanes
-    first = first_visible(q_positions, window)
-    start, stop = visited_entries(page_index, context_lens, first, page_size)
-
-    padding = (0, R - rows)
-    folded = jnp.pad(fold_queries(q, K).astype(pages.dtype), ((0, 0), (0, 0), padding, (0, 0)))
-    row_first = jnp.pad(jnp.repeat(first, N // K, axis=1), ((0, 0), padding))[:, None, :, None]
-
-    kernel = functools.partial(_kernel, scale=scale, softcap=softcap)
-    o, lse = pl.pallas_call(
-        kernel,
-        out_shape=[_output_like(folded, (B, K, R, H)), _output_like(folded, (B, K, R, LANES))],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(B,),
-            in_specs=[
-                _per_request(K, R, H),
-                _per_request(1, R, 1),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=[_per_request(K, R, H), _per_request(K, R, LANES)],
-            scratch_shapes=[
-                pltpu.VMEM((2, *pages.shape[1:]), pages.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+    _check(pages)
+    B, M = block_tables.shape
+    call = functools.partial(
+        _paged_attention,
+        pages=pages,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        chip=chip or this_chip(),
         interpret=interpret,
-        name="paged_attention",
-    )(block_tables.reshape(-1), page_index.reshape(-1), context_lens, start, stop, folded, row_first, pages)
-    return unfold_queries(o[:, :, :rows], Q), unfold_queries(lse[:, :, :rows, 0], Q)
+    )
+    # Requests whose tables do not fit into scalar memory together go one part after another.
+    at_once = max(1, _TABLE_BYTES // (2 * 4 * M))
+    parts = [
+        call(
+            q[i : i + at_once],
+            *(x[i : i + at_once] for x in (block_tables, context_lens, page_index, q_positions)),
+        )
+        for i in range(0, B, at_once)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    o, lse = zip(*parts, strict=True)
+    return jnp.concatenate(o), jnp.concatenate(lse)
 
 
-def _kernel(
-    block_table: Any,
-    page_index: Any,
-    context_lens: Any,
-    starts: Any,
-    stops: Any,
-    q: Any,
-    first: Any,
-    pages: Any,
-    o: Any,
-    lse: Any,
-    buffers: Any,
-    arrived: Any,
+def _paged_attention(
+    q: Float[Array, "B Q N H"],
+    block_tables: Int32[Array, "B M"],
+    context_lens: Int32[Array, "B"],
+    page_index: Int32[Array, "B M"],
+    q_positions: Int32[Array, "B Q"],
     *,
+    pages: Pages,
+    window: Int32[Array, ""] | int,
     scale: float,
     softcap: float | None,
-) -> None:
-    """One request. In scalar memory: int32[B*M] tables, int32[B] the rest; in VMEM: q [K R H], first
-    visible positions [1 R 1], the outputs [K R H] and [K R LANES], buffers [2 2 K p H]; pages in HBM."""
-    request = pl.program_id(0)
-    row = request * (block_table.shape[0] // context_lens.shape[0])
-    start, stop, context_len = starts[request], stops[request], context_lens[request]
-    K, R, H = q.shape
-    page_size = pages.shape[3]
+    chip: Chip,
+    interpret: Any,
+) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
+    stored = tuple(pages) if isinstance(pages, QuantizedPages) else (pages,)
+    B, Q, N, H = q.shape
+    _, _, K, page_size, _ = pages.shape
+    G, M = N // K, block_tables.shape[1]
+    tokens_in_lanes = _tokens_in_lanes(pages.shape)
+    blocks = choose_blocks(
+        chip,
+        Q=Q,
+        G=G,
+        K=K,
+        p=page_size,
+        H=H,
+        entries=M,
+        token_bytes=2 * K * H * stored[0].dtype.itemsize,
+        shares_rows=tokens_in_lanes or H % LANES == 0,
+    )
+    items = _cut(q, q_positions, window, context_lens, page_index, page_size, blocks)
+    per_core = items.starts.shape[0] // blocks.cores
 
-    def copy_of(entry: Array) -> Any:
-        buffer = jax.lax.rem(entry, 2)
-        page = block_table[row + entry]
-        return pltpu.make_async_copy(pages.at[page], buffers.at[buffer], arrived.at[buffer])
+    work = Work(
+        entries=M,
+        items_per_request=-(-Q // blocks.tokens),
+        items_per_core=per_core,
+        pages=blocks.pages,
+        page_size=page_size,
+        depth=blocks.depth,
+        heads=blocks.heads,
+        head_rows=blocks.tokens * G,
+        fp8=chip.fp8,
+        tokens_in_lanes=tokens_in_lanes,
+    )
+    scoring = Scoring(scale=scale * LOG2_E, softcap=None if softcap is None else softcap * LOG2_E)
+    rows = _share_rows(fold_queries(items.q, K).astype(_product_dtype(stored[0])), blocks)
+    row_first = _rows_of_groups(jnp.repeat(items.first, G, axis=1), blocks)[..., None]
+    if tokens_in_lanes:
+        stored = (stored[0].swapaxes(3, 4), *stored[1:])
 
-    @pl.when(start < stop)
-    def _() -> None:
-        copy_of(start).start()
+    groups, R, width = rows.shape[1:]
+    turn = blocks.pages * page_size
+    buffers = [
+        pltpu.VMEM((blocks.depth, 2, K, *((H, turn) if tokens_in_lanes else (turn, H))), stored[0].dtype)
+    ]
+    buffers += [
+        pltpu.VMEM((blocks.depth, blocks.pages, *scales.shape[1:]), scales.dtype) for scales in stored[1:]
+    ]
 
-    def turn(entry: Array, state: online_softmax.State) -> online_softmax.State:
-        @pl.when(entry + 1 < stop)
-        def _() -> None:
-            copy_of(entry + 1).start()
+    def per_item(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda core, i, *_: (core * per_core + i, *(0,) * len(shape)))
 
-        copy_of(entry).wait()
-        position = page_index[row + entry] * page_size
-        k, v = (buffers[jax.lax.rem(entry, 2), part] for part in (0, 1))
-        # Comparisons take place in the full shape: Mosaic broadcasts integers more readily than masks.
-        key = position + jax.lax.broadcasted_iota(jnp.int32, (K, R, page_size), 2)
-        visible = (key < context_len) & (key >= jnp.broadcast_to(first[...], key.shape))
-        # What lies beyond the context may be NaN, and 0 x NaN is NaN. In float32, because not every TPU
-        # selects among bfloat16.
-        slot = position + jax.lax.broadcasted_iota(jnp.int32, (K, page_size, H), 1)
-        v = jnp.where(slot < context_len, v.astype(jnp.float32), 0.0).astype(v.dtype)
-        return online_softmax.attend(state, q[...], k, v, visible, scale=scale, softcap=softcap)
+    o, lse = pl.pallas_call(
+        functools.partial(attend_item, work=work, scoring=scoring, quantized=len(stored) > 1),
+        out_shape=[
+            _output_like(rows, (rows.shape[0], groups, R, width)),
+            _output_like(rows, (rows.shape[0], groups, R, LANES)),
+        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=6,
+            grid=(blocks.cores, per_core),
+            in_specs=[
+                per_item(groups, R, width),
+                per_item(R, 1),
+                *(pl.BlockSpec(memory_space=pl.ANY) for _ in stored),
+            ],
+            out_specs=[per_item(groups, R, width), per_item(groups, R, LANES)],
+            scratch_shapes=[
+                *buffers,
+                pltpu.VMEM((groups, R, LANES), jnp.float32),
+                pltpu.SMEM((3,), jnp.int32),
+                pltpu.SemaphoreType.DMA((blocks.depth,)),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes * 3 // 4
+        ),
+        interpret=interpret,
+        name="paged_attention",
+    )(
+        _entries(block_tables, blocks.pages),
+        _entries(page_index, blocks.pages),
+        context_lens,
+        jnp.pad(items.starts, (0, 1)),
+        jnp.pad(items.stops, (0, 1)),
+        _upcoming(items, blocks.cores),
+        rows,
+        row_first,
+        *stored,
+    )
+    o, lse = _own_rows(o, lse[..., :1], blocks, G)
+    return _whole(unfold_queries(o, blocks.tokens), B, Q), _whole(
+        unfold_queries(lse[..., 0], blocks.tokens), B, Q
+    )
 
-    state = jax.lax.fori_loop(start, stop, turn, online_softmax.start(K, R, H))
-    o[...], row_lse = online_softmax.finish(state)
-    lse[...] = jnp.broadcast_to(row_lse, (K, R, LANES))
+
+class _Items(NamedTuple):
+    """The work in pieces of T query tokens of one request: I of them, a multiple of cores."""
+
+    q: Float[Array, "I T N H"]
+    first: Int32[Array, "I T"]
+    starts: Int32[Array, " I"]
+    stops: Int32[Array, " I"]
 
 
-def _per_request(*shape: int) -> pl.BlockSpec:
-    """The block of an array [B, *shape] that grid step b works on."""
-    return pl.BlockSpec((None, *shape), lambda b, *_: (b, *(0,) * len(shape)))
+def _cut(
+    q: Float[Array, "B Q N H"],
+    q_positions: Int32[Array, "B Q"],
+    window: Int32[Array, ""] | int,
+    context_lens: Int32[Array, "B"],
+    page_index: Int32[Array, "B M"],
+    page_size: int,
+    blocks: Blocks,
+) -> _Items:
+    """Filled up with tokens that see nothing, which nobody reads, and items that visit nothing."""
+    B, Q = q_positions.shape
+    per_request = -(-Q // blocks.tokens)
+    more_tokens = (0, per_request * blocks.tokens - Q)
+    more_items = (0, -(B * per_request) % blocks.cores)
+    # The last position's, so that they ask for no page that no other token wants.
+    positions = jnp.pad(q_positions, ((0, 0), more_tokens), mode="edge")
+    first = first_visible(positions, window).reshape(-1, blocks.tokens)
+    q = jnp.pad(q, ((0, 0), more_tokens, (0, 0), (0, 0))).reshape(-1, blocks.tokens, *q.shape[2:])
+    starts, stops = visited_entries(
+        jnp.repeat(page_index, per_request, axis=0), jnp.repeat(context_lens, per_request), first, page_size
+    )
+    return _Items(
+        *(jnp.pad(x, (more_items, *((0, 0),) * (x.ndim - 1))) for x in (q, first, starts, stops)),
+    )
+
+
+def _upcoming(items: _Items, cores: int) -> Int32[Array, " U"]:
+    """See `tpu_ring.Tables`."""
+    visits = (items.starts < items.stops).reshape(cores, -1)
+    per_core = visits.shape[1]
+    numbers = jnp.where(visits, jnp.arange(per_core, dtype=jnp.int32), per_core)
+    first = jax.lax.cummin(numbers, axis=1, reverse=True)
+    return jnp.pad(first, ((0, 0), (0, 1)), constant_values=per_core).reshape(-1)
+
+
+def _entries(table: Int32[Array, "B M"], beyond: int) -> Int32[Array, "E"]:
+    """A table as scalar memory holds it, with entries that a last turn may look at beyond its end."""
+    return jnp.pad(table.reshape(-1), (0, beyond))
+
+
+def _share_rows(rows: Float[Array, "I K r H"], blocks: Blocks) -> Float[Array, "I J R C"]:
+    """h heads in the rows of one: block diagonal, row i r + j is row j of head i."""
+    items, K, r, H = rows.shape
+    h = blocks.heads
+    own = jnp.eye(h, dtype=rows.dtype)[:, None, :, None]
+    diagonal = rows.reshape(items, K // h, h, r, 1, H) * own[None, None]
+    diagonal = diagonal.reshape(items, K // h, h * r, h * H)
+    return jnp.pad(diagonal, ((0, 0), (0, 0), (0, blocks.rows - h * r), (0, 0)))
+
+
+def _rows_of_groups(x: Int32[Array, "I r"], blocks: Blocks) -> Int32[Array, "I R"]:
+    """What every head's rows share, as `_share_rows` lays them."""
+    return jnp.pad(jnp.tile(x, (1, blocks.heads)), ((0, 0), (0, blocks.rows - blocks.heads * x.shape[1])))
+
+
+def _own_rows(
+    o: Float32[Array, "I J R C"], lse: Float32[Array, "I J R 1"], blocks: Blocks, G: int
+) -> tuple[Float32[Array, "I K r H"], Float32[Array, "I K r 1"]]:
+    """The inverse of `_share_rows`: a row's weights met the values of all h heads, its own are wanted."""
+    items, groups, _, width = o.shape
+    h, r = blocks.heads, blocks.tokens * G
+    o = o[:, :, : h * r].reshape(items, groups, h, r, h, width // h)
+    o = jnp.stack([o[:, :, i, :, i] for i in range(h)], axis=2)
+    return o.reshape(items, groups * h, r, width // h), lse[:, :, : h * r].reshape(items, groups * h, r, 1)
+
+
+def _whole(pieces: Float32[Array, "I T ..."], B: int, Q: int) -> Float32[Array, "B Q ..."]:
+    """The inverse of `_cut`."""
+    _, T, *rest = pieces.shape
+    per_request = -(-Q // T)
+    return pieces[: B * per_request].reshape(B, per_request * T, *rest)[:, :Q]
+
+
+def _product_dtype(stored: Any) -> Any:
+    return jnp.float32 if stored.dtype == jnp.float32 else jnp.bfloat16
+
+
+def _tokens_in_lanes(shape: tuple[int, ...]) -> bool:
+    return shape[4] % LANES != 0 and shape[3] % LANES == 0
 
 
 def _output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -152,17 +285,20 @@ def _output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.Sh
     return jax.eval_shape(lambda x: jnp.zeros_like(x, shape=shape, dtype=jnp.float32), operand)
 
 
-def _check_tiles(pages: Float[Array, "P 2 K p H"]) -> None:
-    if pages.dtype not in SUBLANES:
-        raise ValueError(f"on a tpu pages must be float32 or bfloat16, got {pages.dtype}")
+def _check(pages: Pages) -> None:
+    quantized = isinstance(pages, QuantizedPages)
+    dtype = pages.values.dtype if isinstance(pages, QuantizedPages) else pages.dtype
+    if dtype.name not in _STORED:
+        raise ValueError(f"on a tpu pages must be {', '.join(_STORED)}, got {dtype}")
     page_size, head_dim = pages.shape[3:]
-    if head_dim % LANES:
+    multiple = 64 if quantized else 8 if dtype == jnp.float32 else 16
+    if page_size % multiple:
         raise ValueError(
-            f"head dimension {head_dim} does not fill the {LANES} lanes of a tpu: pad pages and q to a "
-            f"multiple of {LANES}, or use platform=None, which takes any"
+            f"page size {page_size} is no multiple of {multiple}, which {dtype} pages need on a tpu: choose "
+            "one that is, such as 64 or 128"
         )
-    if page_size % SUBLANES[pages.dtype]:
+    if head_dim % 16:
         raise ValueError(
-            f"page size {page_size} is no multiple of {SUBLANES[pages.dtype]}, the rows of a tpu's tile of "
-            f"{pages.dtype}: choose one that is, such as 64 or 128"
+            f"head dimension {head_dim} is no multiple of 16, which a tpu needs: pad pages and q, or use "
+            "platform=None, which takes any"
         )
