@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def missing(platform: str) -> list[str]:
 
 
 def main() -> None:
-    """Print "ready"; then for each line, a question of `measure`, its answer as a line. JSON both."""
+    """Print "ready"; then for each line, a question of `measure`, its answers as lines. JSON all."""
     platform = sys.argv[1]
     with tempfile.TemporaryDirectory(prefix="lamina-aot-") as folder:
         # What is computed in passing runs on the CPU.
@@ -56,21 +56,22 @@ def main() -> None:
             os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
         print("ready", flush=True)
         for line in sys.stdin:
-            answer = measure(json.loads(line), lambda hlo: _kernels(platform, hlo, Path(folder)))
-            print(json.dumps(answer), flush=True)
+            for answer in measure(json.loads(line), lambda hlo: _kernels(platform, hlo, Path(folder))):
+                print(json.dumps(answer), flush=True)
 
 
-def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> dict[str, Any]:
+def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> Iterator[dict[str, Any]]:
     """Compile a case.
 
     Args:
         question: "case", "rows", "context" and "kv_dtype".
         kernels: what those of the program just compiled take, by its HLO.
 
-    Returns:
-        "devices", "hosts"; "usable": bytes of each device that may be filled, and "needs" of them, by what
-        for; "layer": the collectives of a layer in the middle; "programs": of each its name, "seconds" and
-        what `lamina_jax.aot.measure` finds. What does not fit whatever programs need is not compiled.
+    Yields:
+        Of each program as it is compiled its "name", "seconds" and what `lamina_jax.aot.measure` finds; of
+        what does not fit, whatever programs need, there are none. At last "devices", "hosts"; "usable": bytes
+        of each device that may be filled, and "needs" of them, by what for; "layer": the collectives of a
+        layer in the middle.
     """
     from lamina_jax.aot.devices import Topology
     from lamina_jax.aot.measure import collectives
@@ -89,8 +90,9 @@ def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> dict
         return {"pages": each.pop("page") * step.geometry.num_pages, **each}
 
     fits = sum(needs().values()) <= usable
-    return {
-        "programs": [_compiled(name, job, kernels) for name, job in side.jobs()] if fits else [],
+    for name, job in side.jobs() if fits else ():
+        yield _compiled(name, job, kernels)
+    yield {
         "layer": collectives("".join(each.compiled.as_text() for each in side.layer())) if fits else {},
         "needs": needs(),
         "usable": usable,

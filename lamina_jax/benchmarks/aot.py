@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compile_cases(cases: Sequence[Case], load: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of `lamina_jax.aot.worker.measure`, each with its case, in a process for each platform.
+    """What `lamina_jax.aot.worker.measure` says of each case, with its "programs" as a list and its "case".
+
+    Each platform has a process.
 
     Raises:
         SystemExit: a platform whose compiler is not installed, or a program that does not compile.
@@ -59,8 +62,17 @@ def compile_cases(cases: Sequence[Case], load: dict[str, Any]) -> list[dict[str,
                 columns[platform] = _column(platform)
                 ends.callback(columns[platform].close)
             print(f"compiling: {case}", file=sys.stderr)
-            results.append({"case": str(case), **columns[platform].answer({"case": case, **load})})
+            results.append({"case": str(case), **_measured(columns[platform], {"case": case, **load})})
     return results
+
+
+def _measured(column: Column, question: dict[str, Any]) -> dict[str, Any]:
+    """All of a worker's answers to a question; each may take as long as a column may."""
+    answer, compiled = column.answer(question), []
+    while "needs" not in answer:
+        compiled.append(answer)
+        answer = json.loads(column.line())
+    return {"programs": compiled, **answer}
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,36 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(aot, "missing", lambda platform: ["libtpu"])
     with pytest.raises(SystemExit, match=r"libtpu .*not installed.*lamina_jax\[aot\]"):
         aot.compile_cases(chosen(["memory qwen3-0.6b v5e"]), {})
+
+
+class Scripted:
+    """A process that compiles nothing: the lines that it has still to print."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        refused = question["case"].topology == "v5e:1x1"
+        found = [] if refused else [{"name": "append"}, {"name": "attend"}]
+        self.lines = [*found, {"needs": {}, "devices": question["rows"]}]
+        return self.lines.pop(0)
+
+    def line(self) -> str:
+        return json.dumps(self.lines.pop(0))
+
+    def close(self) -> None:
+        assert not self.lines
+
+
+def test_programs_are_told_one_by_one_and_then_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a deadline is that of a program."""
+    started: list[str] = []
+    monkeypatch.setattr(aot, "_column", lambda platform: started.append(platform) or Scripted())
+    cases = chosen(["memory llama3-70b v5e", "memory llama3-70b h20"])
+    results = aot.compile_cases(cases, {"rows": 8})
+    assert [[program["name"] for program in result["programs"]] for result in results] == [
+        [],
+        *[["append", "attend"]] * 3,
+    ]
+    assert {result["devices"] for result in results} == {8}
+    assert started == ["tpu", "cuda"]
