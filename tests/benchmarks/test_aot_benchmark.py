@@ -14,6 +14,7 @@ from lamina_jax.aot.devices import KINDS, Topology, target_config
 from lamina_jax.aot.measure import Kernels, collectives, registers, vmem
 from lamina_jax.aot.sides import SIDES
 from lamina_jax.benchmarks import aot
+from lamina_jax.benchmarks.columns import Column
 from lamina_jax.models.shapes import SHAPES
 
 HLO = """
@@ -139,7 +140,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) ->
         aot.compile_cases(chosen(["memory qwen3-0.6b v5e"]), {})
 
 
-class Scripted:
+class Scripted(Column):
     """A process that compiles nothing: the lines that it has still to print."""
 
     def __init__(self) -> None:
