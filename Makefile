@@ -72,6 +72,7 @@ clean:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(VENV_MODULE)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(@D)/bin/python -m lamina_jax.cpu_kernels
 	@touch $@
 
 # Debian packs Python's venv module apart: as root it is installed, else the command is named.

@@ -1,7 +1,7 @@
 """Whether a CPU runs the native kernels or XLA's own operators.
 
 Knows how the choice is made, said and remembered, and where compiled kernels are kept. Knows nothing of
-what they compute.
+what they compute. `python -m lamina_jax.cpu_kernels` compiles them, so that the first start need not.
 """
 
 from __future__ import annotations
@@ -45,3 +45,8 @@ def _missing() -> str:
         return str(error)
     log.info("kernels of the CPU: native")
     return ""
+
+
+if __name__ == "__main__":
+    missing = _missing()
+    print(f"kernels of the CPU: {f'those of XLA ({missing})' if missing else 'native'}")
