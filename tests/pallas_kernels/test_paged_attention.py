@@ -135,7 +135,7 @@ def test_request_split_over_devices() -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"platform": "cuda"}, r"one of cpu, gpu, tpu or None, got 'cuda'"),
+        ({}, {"platform": "cuda"}, r"one of cpu, native, gpu, tpu or None, got 'cuda'"),
         ({}, {"platform": "cpu", "interpret": True}, r"interpret=True .* got 'cpu'"),
         ({}, {"dtype": jnp.bfloat16}, r"pages are float32, but dtype says bfloat16"),
         (
