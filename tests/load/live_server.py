@@ -32,7 +32,11 @@ class LiveServer(ServeProcess):
         options = flags({"port": 0} | FEW_PROGRAMS | settings)
         Process.__init__(self, sys.executable, "-m", "lamina_jax.serve", checkpoint, *options)
         self.model = checkpoint
-        self.wait_ready(seconds=300.0)
+        try:
+            self.wait_ready(seconds=300.0)
+        except BaseException:  # nobody else has it to end it
+            self.close()
+            raise
 
     @property
     def url(self) -> str:
