@@ -72,7 +72,7 @@ def paged_attention(
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
             reading written for it; None: plain XLA operators, for any platform. Only "tpu" narrows the
-            shapes (H % 16 = 0; p % 8 = 0 in float32, p % 16 = 0 in bfloat16, p % 64 = 0 in 8 bits).
+            shapes (H % 16 = 0; H or p % 128 = 0; p % 8 = 0 in float32, 16 in bfloat16, 64 in 8 bits).
         interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
     Returns:

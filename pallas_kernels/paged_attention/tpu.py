@@ -5,8 +5,8 @@ The body is `tpu_kernel.py`, the copies of pages `tpu_ring.py`, the sizes `tpu_p
 
 Two layouts are not what one would expect. Where few query rows meet a KV head, h heads share the 8 rows of
 a tile: their queries stand in a block diagonal [h G, h H] and their keys side by side, so that one product
-scores them all. And XLA keeps pages whose H does not fill the lanes, but whose p does, with the tokens
-in the lanes: the kernel takes them so, for any other order would be a copy of the whole pool.
+scores them all. And pages whose H does not fill the lanes XLA keeps with the tokens in the lanes, if those
+do: the kernel takes them so, for any other order would be a copy of the whole pool.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _paged_attention(
     B, Q, N, H = q.shape
     _, _, K, page_size, _ = pages.shape
     G, M = N // K, block_tables.shape[1]
-    tokens_in_lanes = _tokens_in_lanes(pages.shape)
+    tokens_in_lanes = H % LANES != 0
     blocks = choose_blocks(
         chip,
         Q=Q,
@@ -111,7 +111,6 @@ def _paged_attention(
         H=H,
         entries=M,
         token_bytes=2 * K * H * stored[0].dtype.itemsize,
-        shares_rows=tokens_in_lanes or H % LANES == 0,
     )
     items = _cut(q, q_positions, window, context_lens, page_index, page_size, blocks)
     per_core = items.starts.shape[0] // blocks.cores
@@ -276,10 +275,6 @@ def _product_dtype(stored: Any) -> Any:
     return jnp.float32 if stored.dtype == jnp.float32 else jnp.bfloat16
 
 
-def _tokens_in_lanes(shape: tuple[int, ...]) -> bool:
-    return shape[4] % LANES != 0 and shape[3] % LANES == 0
-
-
 def _output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """A float32 output that varies over the mesh axes of a `shard_map` that `operand` varies over."""
     return jax.eval_shape(lambda x: jnp.zeros_like(x, shape=shape, dtype=jnp.float32), operand)
@@ -296,6 +291,11 @@ def _check(pages: Pages) -> None:
         raise ValueError(
             f"page size {page_size} is no multiple of {multiple}, which {dtype} pages need on a tpu: choose "
             "one that is, such as 64 or 128"
+        )
+    if head_dim % LANES and page_size % LANES:
+        raise ValueError(
+            f"head dimension {head_dim} and page size {page_size}: on a tpu one must be a multiple of "
+            f"{LANES}, the lanes of a tile, or every call copies all pages: choose page size {LANES}"
         )
     if head_dim % 16:
         raise ValueError(

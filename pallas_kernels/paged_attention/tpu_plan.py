@@ -83,18 +83,14 @@ def choose_blocks(
     H: int,
     entries: int,
     token_bytes: int,
-    shares_rows: bool,
 ) -> Blocks:
     """Blocks for Q new tokens per request, with tables of so many entries.
 
     Args:
         token_bytes: of a token's K and V in all heads.
-        shares_rows: products may take several heads; see `tpu.py`.
     """
     tokens = _query_tokens(chip, Q, G, K, H)
-    heads = 1
-    if shares_rows:
-        heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * tokens * G <= SUBLANES))
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * tokens * G <= SUBLANES))
     rows = _round_up(heads * tokens * G, SUBLANES)
 
     turn_tokens = min(
