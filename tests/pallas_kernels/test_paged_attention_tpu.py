@@ -86,7 +86,8 @@ def test_bfloat16_equals_numpy_within_its_rounding() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@pytest.mark.timeout(600)  # every example is compiled
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_shape_equals_numpy(data: st.DataObject) -> None:
     shape = {
