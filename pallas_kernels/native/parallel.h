@@ -30,7 +30,10 @@ void parallel(xla::ffi::ThreadPool& pool, int64_t count, const Run& run) {
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  // The pool may have more threads than this process has cores: of them, one that waits for a core with a task begun
+  // would hold up all others.
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int64_t helpers = std::min({pool.num_threads(), cores, count}) - 1;
   for (int64_t i = 0; i < helpers; i++) pool.Schedule(std::function<void()>(take));
   take();
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < count; spins++) {
