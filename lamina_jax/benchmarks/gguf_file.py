@@ -45,8 +45,11 @@ def write_gguf(folder: Path, dtype: str, file: Path) -> None:
     _describe(writer, config)
     for name, tensor in tensors.items():
         kind = _dtype(len(tensor.shape), dtype)
+        known_as = names.get_name(name, SUFFIXES)
+        if known_as is None:
+            raise ValueError(f"{folder}: GGUF has no name for the tensor {name!r} of a Qwen3 model")
         writer.add_tensor_info(
-            names.get_name(name, SUFFIXES),
+            known_as,
             tensor.shape,
             np.dtype(np.float32),  # not looked at, but it must not be that of bytes
             int(np.prod(tensor.shape)) * kind.itemsize,

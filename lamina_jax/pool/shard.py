@@ -181,12 +181,15 @@ class AttentionShard:
 def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) -> str | None:
     """Which reading of paged attention a device runs; None is XLA's plain one.
 
-    The TPU kernel copies whole tiles: 128 lanes of a head, 16 tokens of a page. A CPU's native one, if it
-    may be run, reads heads in steps of 16 numbers.
+    The TPU kernel copies whole tiles: 128 lanes of a head or of a page, and 16 rows of the other, 64 where
+    numbers have 8 bits. A CPU's native one, if it may be run, reads heads in steps of 16 numbers.
     """
-    if native and g.head_dim % 16 == 0:
-        return "native"
-    return None if platform == "tpu" and (g.head_dim % 128 or g.page_size % 16) else platform
+    if native:
+        return "native" if g.head_dim % 16 == 0 else platform
+    if platform != "tpu":
+        return platform
+    whole = g.head_dim % 128 == 0 or (g.head_dim % 16 == 0 and g.page_size % 128 == 0)
+    return platform if whole and g.page_size % (64 if g.is_quantized else 16) == 0 else None
 
 
 def _append(pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> Pages:

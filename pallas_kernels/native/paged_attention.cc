@@ -147,11 +147,17 @@ void score(const typename Page::Element* q, int64_t width, const typename Page::
   for (int r = 0; r < Rows; r++) std::memcpy(scores + r * stride, reinterpret_cast<float*>(&found) + r * kTokens, kTokens * sizeof(float));
 }
 
-// Scores of a page's first `count` tokens.
+void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// Scores of a page's first `count` tokens. `ahead`: as many values, to be fetched meanwhile; or nullptr.
 template <class Page, int Rows>
-void score_page(const State<Page>& state, int64_t row, const typename Page::Stored* k, int64_t H, int64_t count) {
+void score_page(const State<Page>& state, int64_t row, const typename Page::Stored* k, int64_t H, int64_t count,
+                const typename Page::Stored* ahead) {
   constexpr int kTokens = kLanes / Rows;
   for (int64_t j = 0; j < count; j += kTokens) {
+    if (ahead) prefetch(ahead + j * H, kTokens * H * sizeof(*ahead));
     score<Page, Rows>(state.q + row * state.width, state.width, k + j * H, H, count - j,
                       state.scores + row * state.tokens + j, state.tokens);
   }
@@ -306,6 +312,8 @@ void take_scales(const float* from, int64_t count, int64_t tokens, float* to) {
 template <class Page>
 void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop) {
   const int64_t head = call.p * call.H;
+  // Where there is more to compute than a core looks ahead over, memory would wait for it.
+  const bool fetch = state.rows >= 4 || kQuantized<Page>;
   for (int64_t m = start; m < stop; m++) {
     const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
     const int64_t count = std::min<int64_t>(call.p, call.context_lens[b] - position);
@@ -318,9 +326,14 @@ void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t 
     }
 
     const auto *keys = stored + k_at * head, *values = stored + v_at * head;
-    by_group<4>(state.rows, [&](auto rows, int64_t row) { score_page<Page, rows>(state, row, keys, call.H, count); });
+    by_group<4>(state.rows, [&](auto rows, int64_t row) {
+      const bool last = row + rows == state.rows;
+      score_page<Page, rows>(state, row, keys, call.H, count, fetch && last ? values : nullptr);
+    });
+    const auto* next = m + 1 < stop ? stored + (call.block_tables[b * call.M + m + 1] * 2 * call.K + k) * head : nullptr;
     float shrink[kTaskRows];
     for (int64_t r = 0; r < state.rows; r++) {
+      if (fetch && next) prefetch(next + r * (head / state.rows), head / state.rows * sizeof(*next));
       const int64_t hidden = call.first_visible(b, first_row + r) - position;
       shrink[r] = weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
     }
