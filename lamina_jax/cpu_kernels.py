@@ -12,7 +12,6 @@ from typing import Literal
 
 import jax
 
-from lamina_jax.compilation_cache import default_folder
 from lamina_jax.config import ConfigError
 from pallas_kernels.native import BuildError, load
 
@@ -39,7 +38,7 @@ def use_native(choice: CpuKernels, device: jax.Device) -> bool:
 def _missing() -> str:
     """Why the native kernels cannot be had; empty where they can."""
     try:
-        load(default_folder().with_name("native"))
+        load()
     except BuildError as error:
         log.info("kernels of the CPU: XLA's, which are slower (%s)", error)
         return str(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -24,15 +25,21 @@ TARGETS = ("lamina_matmul", "lamina_paged_attention")
 
 
 @functools.cache
-def load(folder: Path) -> None:
-    """Make the native kernels known to this process, compiling them if `folder` does not hold them yet.
+def load() -> None:
+    """Make the native kernels known to this process, compiling them if that has not been done yet.
 
     Raises:
         BuildError: they cannot be compiled here.
     """
-    kernels = ctypes.CDLL(str(library(folder)))
+    kernels = ctypes.CDLL(str(library(default_folder())))
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(kernels, target)), platform="cpu")
+
+
+def default_folder() -> Path:
+    """lamina_jax/native in $XDG_CACHE_HOME, or in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lamina_jax" / "native"
 
 
 def matmul(x: BFloat16[Array, "T I"], w: BFloat16[Array, "O I"]) -> Float32[Array, "T O"]:

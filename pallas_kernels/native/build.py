@@ -6,11 +6,13 @@ headers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -69,7 +71,13 @@ def _run(commands: list[list[str]]) -> None:
     """All at the same time; none outlives this call."""
     deadline = time.monotonic() + SECONDS
     running = [
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a compiler has children, which are to end with it
+        )
         for command in commands
     ]
     try:
@@ -82,7 +90,8 @@ def _run(commands: list[list[str]]) -> None:
         raise BuildError(f"{commands[0][0]} took more than {SECONDS:.0f} s") from None
     finally:
         for process in running:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
 

@@ -19,9 +19,9 @@ from pallas_kernels.paged_attention.native import paged_attention_native
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+def kernels() -> None:
     try:
-        native.load(tmp_path_factory.mktemp("native"))
+        native.load()
     except native.BuildError as error:
         pytest.skip(str(error))
 
