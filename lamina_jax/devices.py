@@ -39,8 +39,9 @@ def choose_devices(
 
     Left to itself, a disaggregated engine takes one accelerator for each mesh where there are two; on
     a CPU one virtual device computes, and as many as there are cores (and as divide the KV heads) hold
-    the cache, since XLA uses one core for an attention loop. A collocated engine takes one device, and so
-    does one whose attention workers are elsewhere.
+    the cache, since XLA uses one core for an attention loop (native kernels use all, and need but the
+    first of them). A collocated engine takes one device, and so does one whose attention workers are
+    elsewhere.
 
     Args:
         num_kv_heads: that memory devices are to share evenly; None: they share something else.
