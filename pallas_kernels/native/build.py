@@ -112,7 +112,7 @@ def _fingerprint(compiler: list[str]) -> str:
             [*compiler, "--version"], capture_output=True, timeout=30, check=True
         ).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise BuildError(f"{shlex.join(compiler)} --version: {error}") from error
+        raise BuildError(f"{shlex.join(compiler)} --version fails ({error})") from error
     digest = hashlib.sha256()
     for part in (version, jaxlib_version.__version__.encode(), shlex.join(OPTIONS).encode(), _cpu()):
         digest.update(part + b"\0")
