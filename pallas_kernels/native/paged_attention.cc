@@ -70,6 +70,8 @@ struct Call {
   int64_t rows() const { return Q * groups(); }
   // Row r of a request and KV head among all rows of q, o and lse.
   int64_t row(int64_t b, int64_t k, int64_t r) const { return (b * Q + r / groups()) * N + k * groups() + r % groups(); }
+  // Tables come from other machines, too: no entry leads out of the pool.
+  int64_t page(int64_t b, int64_t m) const { return std::clamp<int64_t>(block_tables[b * M + m], 0, P - 1); }
   int64_t first_visible(int64_t b, int64_t r) const { return q_positions[b * Q + r / groups()] - window + 1; }
 };
 
@@ -181,9 +183,16 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
   }
   std::fill_n(scores, std::min(hidden, count), kNone);
   std::fill(scores + count, scores + padded, kNone);
-  for (int64_t j = 0; j < padded; j += kLanes) most = maximum(most, load<Floats>(scores + j));
+  Ints broken = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Floats x = load<Floats>(scores + j);
+    broken |= x != x;
+    most = maximum(most, x);
+  }
+  const bool has_nan = any(broken);
   const float highest = std::max(state.maximum[r], largest(most));
-  if (highest == kNone) {
+  if (has_nan) state.total[r] = std::numeric_limits<float>::quiet_NaN();  // and with it all that the row gives
+  if (has_nan || highest == kNone) {
     std::fill_n(scores, padded, 0.0f);
     std::fill_n(state.rounded + r * state.tokens, padded, uint16_t{0});
     return 1.0f;
@@ -317,7 +326,8 @@ void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t 
   for (int64_t m = start; m < stop; m++) {
     const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
     const int64_t count = std::min<int64_t>(call.p, call.context_lens[b] - position);
-    const int64_t page = call.block_tables[b * call.M + m];
+    if (count <= 0) continue;  // only where page_index does not increase
+    const int64_t page = call.page(b, m);
     const int64_t k_at = page * 2 * call.K + k, v_at = k_at + call.K;  // among arrays [p, H]
     const auto* stored = static_cast<const typename Page::Stored*>(call.pages);
     if constexpr (kQuantized<Page>) {
@@ -330,7 +340,7 @@ void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t 
       const bool last = row + rows == state.rows;
       score_page<Page, rows>(state, row, keys, call.H, count, fetch && last ? values : nullptr);
     });
-    const auto* next = m + 1 < stop ? stored + (call.block_tables[b * call.M + m + 1] * 2 * call.K + k) * head : nullptr;
+    const auto* next = m + 1 < stop ? stored + (call.page(b, m + 1) * 2 * call.K + k) * head : nullptr;
     float shrink[kTaskRows];
     for (int64_t r = 0; r < state.rows; r++) {
       if (fetch && next) prefetch(next + r * (head / state.rows), head / state.rows * sizeof(*next));
@@ -362,12 +372,13 @@ Span visited(const Call& call, int64_t b) {
 template <class Page>
 void write(const Call& call, const float* weighted, float maximum, float total, int64_t at) {
   float* o = call.o + at * call.H;
-  const float inverse = total > 0 ? 1.0f / total : 0.0f;
+  const bool seen = total != 0;  // NaN is not hidden
+  const float inverse = seen ? 1.0f / total : 0.0f;
   for (int64_t h = 0; h < call.H; h++) {
     const int64_t from = !std::is_same_v<Page, Bfloat16> ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
-    o[h] = total > 0 ? weighted[from] * inverse : 0.0f;
+    o[h] = seen ? weighted[from] * inverse : 0.0f;
   }
-  call.lse[at] = total > 0 ? maximum + std::log(total) : kNone;
+  call.lse[at] = seen ? maximum + std::log(total) : kNone;
 }
 
 template <class Page>
@@ -441,6 +452,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi
   if (held.size() != 5 || held[1] != 2 || held[4] != dims[3] || dims[3] % kLanes || dims[2] % held[2]) {
     return ffi::Error::InvalidArgument("paged_attention: pages must be [P, 2, K, p, H] with H % 16 == 0 and N % K == 0");
   }
+  if (held[0] == 0) return ffi::Error::InvalidArgument("paged_attention: a pool without pages");
   if (ffi::ByteWidth(pages.element_type()) == 1 && static_cast<int64_t>(scales.element_count()) != held[0] * 2 * held[2] * held[3]) {
     return ffi::Error::InvalidArgument("paged_attention: pages of 8 bits need scales [P, 2, K, p]");
   }

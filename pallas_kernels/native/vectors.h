@@ -126,6 +126,12 @@ inline float largest(Floats x) {
 #endif
 }
 
+inline bool any(Ints x) {
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; i++) bits |= x[i];
+  return bits != 0;
+}
+
 inline float sum(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);

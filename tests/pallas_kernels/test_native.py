@@ -95,3 +95,35 @@ def test_products_are_found_in_a_program() -> None:
     assert rewritten.lower(*arrays).as_text().count("lamina_matmul") == 1
     for name, value in model(*arrays).items():
         np.testing.assert_allclose(rewritten(*arrays)[name], value, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from([np.float32, np.int8]))
+def test_tables_of_an_enemy_lead_nowhere(seed: int, dtype: type) -> None:
+    """A worker is told its tables by others: any numbers are read within the pool, or not at all."""
+    rng = np.random.default_rng(seed)
+    case = make_case(0, B=3, Q=2, K=2, G=2, H=16, p=8, M=5, contexts=[5, 21, 40])
+    if dtype == np.int8:
+        case = quantized(case, dtype)
+
+    def anything(shape: tuple[int, ...]) -> np.ndarray:
+        bounds = rng.choice([4, 50, 2**31 - 1])
+        return rng.integers(-bounds - 1, bounds, shape, endpoint=True).astype(np.int32)
+
+    hostile = dataclasses.replace(
+        case,
+        block_tables=anything(case.block_tables.shape),
+        page_index=anything(case.page_index.shape),
+        context_lens=anything(case.context_lens.shape),
+        q_positions=anything(case.q_positions.shape),
+    )
+    jax.block_until_ready(attend(hostile))
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    case = make_case(0, B=2, Q=1, K=2, G=2, H=16, p=8, M=5, contexts=[21, 40])
+    q = case.q.copy()
+    q[0, 0, 1] = np.nan
+    o, _ = attend(dataclasses.replace(case, q=q))
+    assert np.isnan(o[0, 0, 1]).all()
+    assert not np.isnan(np.delete(np.asarray(o), 1, axis=2)).any()
