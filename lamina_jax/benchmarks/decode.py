@@ -103,13 +103,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[RANDOM_QWEN3],
         help=f"folders, or 'bundled' (default {RANDOM_QWEN3}: random weights of that shape)",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--choices",
-        action="store_true",
+        dest="instead",
+        action="store_const",
+        const=CHOICES,
         help="instead: the defaults, beside all that they choose among",
     )
-    parser.add_argument(
-        "--cpu-kernels", action="store_true", help="instead: native kernels of the CPU beside XLA's"
+    instead.add_argument(
+        "--cpu-kernels",
+        dest="instead",
+        action="store_const",
+        const=KERNELS,
+        help="instead: native kernels of the CPU beside XLA's",
     )
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
     add_reference_python(parser)
@@ -121,18 +128,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
     if args.quick:
         batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
-    engines = {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
-    if args.choices or args.cpu_kernels:
-        engines = CHOICES if args.choices else KERNELS
-    alone = engines in (CHOICES, KERNELS)
-    if not alone and reference_python(args.reference_python) is None:
+    engines = args.instead or {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
+    if not args.instead and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(batches, contexts)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
             found = find_model(folder)
-            outside = {} if alone else outside_commands(args, found, dtype, Path(scratch))
+            outside = {} if args.instead else outside_commands(args, found, dtype, Path(scratch))
             comparison = Comparison(found, dtype, engines, outside)
             for cell, timings in comparison.measure(cells, args.rounds, seconds):
                 rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]

@@ -171,7 +171,6 @@ template <class Page>
 float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int64_t hidden) {
   float* scores = state.scores + r * state.tokens;
   const int64_t padded = round_up(count, 2 * kLanes);
-  std::fill(scores + count, scores + padded, kNone);
   Floats most = broadcast(kNone);
   for (int64_t j = 0; j < padded; j += kLanes) {
     Floats x = load<Floats>(scores + j) * call.scale;
