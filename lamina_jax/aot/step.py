@@ -59,7 +59,7 @@ class Step:
 
 def described_weights(model: str, mesh: Mesh, copies: int = 1) -> Any:
     """The weights on `mesh` as shapes with shardings: the parameters of the function that `cut` cuts."""
-    decoder = build(SHAPES[model], Storage(jnp.dtype(SHAPES[model].dtype)))
+    decoder = build(SHAPES[model], _storage(model))
     state = nnx.state(decoder, nnx.Param)
     for _, parameter in nnx.to_flat_state(state):
         parameter.set_value(describe_weight(spec_of(parameter), mesh=mesh, copies=copies))
@@ -67,9 +67,14 @@ def described_weights(model: str, mesh: Mesh, copies: int = 1) -> Any:
     return as_function(decoder)[1]
 
 
+def _storage(model: str) -> Storage:
+    """As an engine holds weights on accelerators."""
+    return Storage(jnp.dtype(SHAPES[model].dtype), gathered_as="floats")
+
+
 @cache
 def cut(model: str, copies: int = 1) -> Sliced:
     """The model cut at its attentions, each KV head `copies` times: where it runs makes no difference."""
     here = Mesh(jax.devices("cpu")[:1], ("tensor",))
-    fn, _ = as_function(build(SHAPES[model], Storage(jnp.dtype(SHAPES[model].dtype))))
+    fn, _ = as_function(build(SHAPES[model], _storage(model)))
     return slice_at_attention(fn, described_weights(model, here, copies), *step_shapes((SMALLEST_BATCH, 2)))

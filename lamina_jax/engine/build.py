@@ -239,4 +239,8 @@ def _collocated(
 def _storage(config: EngineConfig, shape: ModelConfig, devices: Devices) -> Storage:
     dtype = jnp.dtype(shape.dtype if config.dtype == "auto" else config.dtype)
     on_cpu = devices.compute[0].platform == "cpu"
-    return Storage(dtype, "in_out" if on_cpu and dtype == jnp.float32 else "out_in")
+    return Storage(
+        dtype,
+        layout="in_out" if on_cpu and dtype == jnp.float32 else "out_in",
+        gathered_as="bits" if on_cpu else "floats",
+    )

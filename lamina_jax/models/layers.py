@@ -25,14 +25,16 @@ from lamina_jax.models.config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True)
 class Storage:
-    """How weights are held: their dtype, and which way round a matrix lies.
+    """How weights are held: their dtype, which way round a matrix lies, and how rows of one are taken.
 
     "out_in" is the checkpoint's own order and the fast one for bfloat16 on a CPU, "in_out" that for
-    float32.
+    float32. XLA on a CPU converts a whole 16-bit float operand to float32 before it gathers, and its "bits"
+    not; on a TPU it copies the operand for the sake of bits.
     """
 
     dtype: jnp.dtype
     layout: Literal["out_in", "in_out"] = "out_in"
+    gathered_as: Literal["bits", "floats"] = "bits"
 
 
 def param(
@@ -105,13 +107,13 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, name: str, storage: Storage) -> None:
         shape = (config.vocab_size, config.hidden_size)
+        self.as_bits = storage.dtype.itemsize == 2 and storage.gathered_as == "bits"
         self.weight = param(shape, storage.dtype, axes=("vocab", "embed"), name=f"{name}.weight")
 
     def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         table = self.weight[...]
-        if table.dtype.itemsize != 2:
+        if not self.as_bits:
             return table[tokens]
-        # XLA on a CPU converts a whole 16-bit float operand to float32 before it gathers; bits it does not.
         rows = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
         return jax.lax.bitcast_convert_type(rows, table.dtype)
 
