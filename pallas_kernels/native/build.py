@@ -48,10 +48,11 @@ def library(folder: Path) -> Path:
         return path
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            built = Path(work) / path.name
+        with tempfile.TemporaryDirectory(prefix="lamina-native-") as work:
+            built, unfinished = Path(work) / path.name, folder / f".{path.name}.{os.getpid()}"
             _compile(compiler, built)
-            os.replace(built, path)  # at once: others may be looking
+            shutil.copyfile(built, unfinished)
+            os.replace(unfinished, path)  # at once: others may be looking
     except OSError as error:
         raise BuildError(f"cannot write to {folder}: {error.strerror}") from error
     return path
@@ -68,7 +69,7 @@ def _compile(compiler: list[str], output: Path) -> None:
 
 
 def _run(commands: list[list[str]]) -> None:
-    """All at the same time; none outlives this call."""
+    """All at the same time. None outlives this call; if this process is killed, they go on to their end."""
     deadline = time.monotonic() + SECONDS
     running = [
         subprocess.Popen(
