@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lamina_jax.ops import NO_WINDOW
+from lamina_jax.pool.pages import storage_dtype
 from pallas_kernels import Pages, QuantizedPages, paged_attention
 
 DTYPES = "float32", "bfloat16", "int8", "float8_e4m3fn"
 MOST_CALLS = 1024
 """In a pass."""
-
-NO_WINDOW = 2**30
 
 Call = Callable[[jax.Array, jax.Array], jax.Array]
 """What a layer computes: q [B, N, H] and its block tables [B, M] to an output like q."""
@@ -94,10 +94,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Pool:
-    """KV pages of one dtype over `devices`, which share the heads.
+    """KV pages of one dtype.
 
     Attributes:
-        pages: as stored: on a CPU 16-bit floats and float8 as the bits of integers.
+        mesh: of the devices that share the heads.
+        pages: as an engine keeps them there, [P, 2, K, p, H]; see `lamina_jax.pool.pages.storage_dtype`.
     """
 
     shape: Shape
@@ -137,13 +138,12 @@ def make_pool(shape: Shape, dtype: str, num_pages: int, devices: Sequence[jax.De
     heads = NamedSharding(mesh, PartitionSpec(None, None, "kv"))
     size = (2, shape.kv_heads, shape.page_size, shape.head_dim)
     numbers = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-    bits = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8} if devices[0].platform == "cpu" else {}
+    held = storage_dtype(dtype, devices[0].platform)
     if jnp.dtype(dtype).itemsize > 1:
-        page: Any = numbers.astype(jnp.dtype(dtype)).view(bits.get(dtype, jnp.dtype(dtype)))
+        page: Any = numbers.astype(jnp.dtype(dtype)).view(held)
     else:
-        values = np.clip(32 * numbers, -127, 127).astype(jnp.dtype(dtype))
-        scales = np.full(size[:3], 1 / 32, np.float32)
-        page = QuantizedPages(jnp.asarray(values.view(bits.get(dtype, values.dtype))), jnp.asarray(scales))
+        values = np.clip(32 * numbers, -127, 127).astype(jnp.dtype(dtype)).view(held)
+        page = QuantizedPages(jnp.asarray(values), jnp.full(size[:3], 1 / 32, jnp.float32))
     fill = jax.jit(
         lambda page: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_pages, *leaf.shape)), page),
         out_shardings=heads,
@@ -151,9 +151,8 @@ def make_pool(shape: Shape, dtype: str, num_pages: int, devices: Sequence[jax.De
     return Pool(shape, dtype, num_pages, mesh, fill(page))
 
 
-def paged_step(dtype: str, platform: str | None) -> Step:
+def paged_step(dtype: str, platform: str) -> Step:
     """A call of `pallas_kernels.paged_attention`, as a decode step makes it."""
-
     attend = functools.partial(paged_attention, platform=platform)
     return functools.partial(_paged_step, attend, jnp.dtype(dtype))
 
