@@ -34,7 +34,7 @@ PLANNED = "gpu-planned"
 MOST_VALUES = 2**31
 """In a pool: more of one byte each are refused by the kernel of a GPU."""
 
-OTHERS_DTYPE = "bfloat16"
+OTHERS_DTYPE = torch_kernels.DTYPE
 """The only one that the kernels of others are timed with."""
 
 

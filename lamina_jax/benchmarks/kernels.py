@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fixed_costs(columns: Columns, memory: Measure) -> Iterator[dict[str, Any]]:
-    """What a call of each kernel of ours costs on the device beside reading its one page. What a call costs
-    that reads nothing is taken off: the loop's own."""
+    """What a call of each kernel of ours, over pages in bfloat16, costs on the device beside reading its one
+    page. What a call costs that reads nothing is taken off: the loop's own."""
     cell = Cell(1, columns.shape.page_size, GROUP)
     for column in columns.ours():
         if column.dtype == OTHERS_DTYPE:
