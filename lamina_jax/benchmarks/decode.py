@@ -128,6 +128,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
     if args.quick:
         batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
+    if args.instead and (args.settings or args.reference_python or args.llama_batched_bench):
+        raise SystemExit(
+            "--settings, --reference-python and --llama-batched-bench are for the columns that --choices and "
+            "--cpu-kernels leave out: give one or the other"
+        )
     engines = args.instead or {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
     if not args.instead and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)

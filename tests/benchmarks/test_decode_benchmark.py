@@ -88,6 +88,13 @@ def test_a_cell_that_does_not_fit_is_named_and_nothing_is_started(tmp_path, monk
     assert "needs 1 GB, more than 60% of what is free: not run" in said.out
 
 
+@pytest.mark.parametrize("instead", ["--choices", "--cpu-kernels"])
+@pytest.mark.parametrize("flag", [["--settings", '{"overlap": "on"}'], ["--reference-python", "python"]])
+def test_flags_of_columns_that_are_left_out_are_refused(instead, flag):
+    with pytest.raises(SystemExit, match="give one or the other"):
+        decode.run(parsed(instead, *flag))
+
+
 class FakeColumn(Column):
     """Answers at a speed of its own; collects who is alive at once."""
 
