@@ -27,7 +27,8 @@ def write_gguf(folder: Path, dtype: str, file: Path) -> None:
         dtype: of matrices, "float32" or "bfloat16"; vectors are float32, as llama.cpp wants them.
 
     Raises:
-        CheckpointError: another family, or what `lamina_jax.weights` does not read, either.
+        CheckpointError: another family, a tensor that GGUF has no name for, or what `lamina_jax.weights`
+            does not read, either.
     """
     config = read_config(folder)
     if config.family != "qwen3" or config.rope.scaling != "default" or any(config.windows):
@@ -47,7 +48,7 @@ def write_gguf(folder: Path, dtype: str, file: Path) -> None:
         kind = _dtype(len(tensor.shape), dtype)
         known_as = names.get_name(name, SUFFIXES)
         if known_as is None:
-            raise ValueError(f"{folder}: GGUF has no name for the tensor {name!r} of a Qwen3 model")
+            raise CheckpointError(f"{folder}: GGUF has no name for the tensor {name!r} of a Qwen3 model")
         writer.add_tensor_info(
             known_as,
             tensor.shape,
