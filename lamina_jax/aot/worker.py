@@ -44,12 +44,20 @@ def missing(platform: str) -> list[str]:
     return [name for name in PACKAGES[platform] if name not in installed]
 
 
+def ptxas() -> Path:
+    """The assembler of NVIDIA's; its package is one of `PACKAGES`."""
+    (nvcc,) = importlib.import_module("nvidia.cuda_nvcc").__path__
+    return Path(nvcc) / "bin" / "ptxas"
+
+
 def main() -> None:
     """Print "ready"; then for each line, a question of `measure`, its answers as lines. JSON all."""
     platform = sys.argv[1]
     with tempfile.TemporaryDirectory(prefix="lamina-aot-") as folder:
         # What is computed in passing runs on the CPU.
         os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        # A program that comes from a cache leaves no PTX, and took no time to compile.
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         if platform == "tpu":
             os.environ |= TPU_ENVIRONMENT
         else:
@@ -121,8 +129,7 @@ def _kernels(platform: str, hlo: str, dump: Path) -> Kernels:
 
     if platform == "tpu":
         return vmem(hlo)
-    (nvcc,) = importlib.import_module("nvidia.cuda_nvcc").__path__
-    found = registers(dump.glob("*.ptx"), Path(nvcc) / "bin" / "ptxas")
+    found = registers(dump.glob("*.ptx"), ptxas())
     for file in dump.iterdir():  # the next program's stand alone
         file.unlink()
     return found
