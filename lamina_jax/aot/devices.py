@@ -114,14 +114,17 @@ class Topology:
     "h100:2x8" (two such hosts).
 
     Raises:
-        ValueError: a kind that is not in `KINDS`, or a shape that is not numbers between "x".
+        ValueError: a kind that is not in `KINDS`, or a shape that is not numbers between "x", of GPUs one or
+            two.
     """
 
     name: str
 
     def __post_init__(self) -> None:
         kind, _, shape = self.name.partition(":")
-        if kind not in KINDS or not all(size.isdecimal() and int(size) for size in shape.split("x")):
+        sizes = shape.split("x")
+        known = kind in KINDS and (KINDS[kind].gpu is None or len(sizes) <= 2)
+        if not known or not all(size.isdecimal() and int(size) for size in sizes):
             raise ValueError(
                 f"{self.name!r} is no topology: write KIND:SHAPE, as in v5e:4x4 or h100:2x8, with a kind of "
                 f"{', '.join(KINDS)}"

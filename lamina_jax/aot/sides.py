@@ -3,7 +3,7 @@ memory that they need there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -165,7 +165,7 @@ class Collocated:
         return ()
 
 
-SIDES: dict[str, type[Compute | Sampling | Memory | Collocated]] = {
+SIDES: dict[str, Callable[[Step, Sequence[jax.Device]], Side]] = {
     "compute": Compute,
     "sampler": Sampling,
     "memory": Memory,

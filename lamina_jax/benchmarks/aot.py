@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -127,7 +126,7 @@ def _worst(kernels: Sequence[Kernels]) -> Kernels:
 
 
 def _counts(counted: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(counted).items())
+    return ", ".join(f"{count} {kind}" for kind, count in counted.items())
 
 
 def _gb(size: int) -> str:

@@ -78,7 +78,7 @@ def test_cases_are_chosen_by_all_of_the_words() -> None:
         chosen(["h100", "b200"])
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:", "v5e:2y2", "h100:0"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:", "v5e:2y2", "h100:0", "h100:2x2x2"])
 def test_a_topology_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="KIND:SHAPE"):
         Topology(name)
