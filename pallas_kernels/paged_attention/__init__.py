@@ -71,8 +71,9 @@ def paged_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
-            reading written for it; None: plain XLA operators, for any platform. Only "tpu" narrows the
-            shapes (H % 16 = 0; H or p % 128 = 0; p % 8 = 0 in float32, 16 in bfloat16, 64 in 8 bits).
+            reading written for it; None: plain XLA operators, for any platform. Two narrow the shapes:
+            "tpu" (H % 16 = 0; H or p % 128 = 0; p % 8 = 0 in float32, 16 in bfloat16, 64 in 8 bits; no
+            float16, no bits as uint16) and "native" (H % 16 = 0; no float16).
         interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
     Returns:
@@ -82,7 +83,7 @@ def paged_attention(
     Raises:
         ValueError: shapes, dtypes or a platform that do not fit, named with their values.
     """
-    check_shapes(q, pages, block_tables, page_index)
+    check_shapes(q, pages, block_tables, context_lens, page_index, q_positions)
     where = (block_tables, context_lens, page_index, q_positions, window)
     held = logical_dtype(pages, dtype)
     if platform not in (None, *PLATFORMS):
@@ -96,7 +97,7 @@ def paged_attention(
             q, pages, *where, scale=scale, softcap=softcap, dtype=held, interpret=interpret
         )
     if platform == "native":
-        return paged_attention_native(q, pages, *where, scale=scale, softcap=softcap)
+        return paged_attention_native(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
     if platform == "cpu":
         return paged_attention_cpu(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
     return paged_attention_reference(q, pages, *where, scale=scale, softcap=softcap, dtype=held)

@@ -76,7 +76,9 @@ def check_shapes(
     q: Shaped[Array, "..."],
     pages: Shaped[Array, "..."] | QuantizedPages,
     block_tables: Shaped[Array, "..."],
+    context_lens: Shaped[Array, "..."],
     page_index: Shaped[Array, "..."],
+    q_positions: Shaped[Array, "..."],
 ) -> None:
     """Raises a ValueError that names the first shape that does not fit."""
     if q.ndim != 4:
@@ -94,6 +96,12 @@ def check_shapes(
             raise ValueError(
                 f"block_tables and page_index must both be [B={q.shape[0]}, M], {name} is {array.shape}"
             )
+    for name, array, shape in (
+        ("context_lens", context_lens, q.shape[:1]),
+        ("q_positions", q_positions, q.shape[:2]),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"q is {q.shape}: {name} must be {shape}, got {array.shape}")
 
 
 def as_held(stored: Shaped[Array, "*shape"], dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
@@ -176,6 +184,14 @@ def unfold_queries(rows: Float[Array, "B K R ..."], num_queries: int) -> Float[A
     B, K, R, *rest = rows.shape
     groups = rows.reshape(B, K, num_queries, R // num_queries, *rest)
     return jnp.moveaxis(groups, 1, 2).reshape(B, num_queries, -1, *rest)
+
+
+def output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """A kernel's float32 output, varying over the mesh axes of a `shard_map` that `operand` varies over."""
+    out: jax.ShapeDtypeStruct = jax.eval_shape(
+        lambda x: jnp.zeros_like(x, shape=shape, dtype=jnp.float32), operand
+    )
+    return out
 
 
 def _ceil_div(a: Int32[Array, "*B"], b: int) -> Int32[Array, "*B"]:

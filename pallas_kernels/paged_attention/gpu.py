@@ -25,9 +25,10 @@ from pallas_kernels.paged_attention.contract import (
     QuantizedPages,
     first_visible,
     fold_queries,
+    output_like,
     unfold_queries,
 )
-from pallas_kernels.paged_attention.gpu_merge import merge_parts, output_like
+from pallas_kernels.paged_attention.gpu_merge import merge_parts
 from pallas_kernels.paged_attention.gpu_plan import SplitPlan, plan_splits
 from pallas_kernels.paged_attention.online_softmax import LOWEST
 

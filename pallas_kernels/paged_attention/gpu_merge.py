@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.paged_attention.contract import output_like
 from pallas_kernels.paged_attention.online_softmax import LOWEST
 
 PARTS_AT_A_TIME = 8
@@ -40,14 +41,6 @@ def merge_parts(
         name="paged_attention_merge",
     )(request_parts, o, lse)
     return merged
-
-
-def output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """A kernel's float32 output, varying over the mesh axes of a `shard_map` that `operand` varies over."""
-    out: jax.ShapeDtypeStruct = jax.eval_shape(
-        lambda x: jnp.zeros_like(x, shape=shape, dtype=jnp.float32), operand
-    )
-    return out
 
 
 def _merge_row(request_parts: Any, part_o: Any, part_lse: Any, o: Any, lse: Any) -> None:

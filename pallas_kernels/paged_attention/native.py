@@ -21,6 +21,7 @@ def paged_attention_native(
     *,
     scale: float,
     softcap: float | None,
+    dtype: jnp.dtype,
 ) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
     """See `pallas_kernels.paged_attention`. Takes float32, bfloat16 and quantised pages.
 
@@ -31,6 +32,8 @@ def paged_attention_native(
     """
     if pages.shape[4] % 16:
         raise ValueError(f"the native kernel takes head dimensions that 16 divides, got {pages.shape[4]}")
+    if dtype == jnp.float16:
+        raise ValueError("the native kernel takes no float16 pages: use platform='cpu'")
     stored, scales = _stored(pages)
     B, Q, N, _ = q.shape
     call = jax.ffi.ffi_call(
@@ -59,6 +62,4 @@ def _stored(pages: Pages) -> tuple[Shaped[Array, "P 2 K p H"], Float32[Array, ".
         values = jax.lax.bitcast_convert_type(values, jnp.uint16)
     if values.dtype == jnp.float8_e4m3fn:
         values = jax.lax.bitcast_convert_type(values, jnp.uint8)
-    if values.dtype not in (jnp.float32, jnp.uint16, jnp.int8, jnp.uint8):
-        raise ValueError(f"the native kernel takes no pages of {values.dtype}")
     return values, scales

@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention.contract import (
     QuantizedPages,
     first_visible,
     fold_queries,
+    output_like,
     unfold_queries,
     visited_entries,
 )
@@ -148,8 +149,8 @@ def _paged_attention(
     o, lse = pl.pallas_call(
         functools.partial(attend_item, work=work, scoring=scoring, quantized=len(stored) > 1),
         out_shape=[
-            _output_like(rows, (rows.shape[0], groups, R, width)),
-            _output_like(rows, (rows.shape[0], groups, R, LANES)),
+            output_like(rows, (rows.shape[0], groups, R, width)),
+            output_like(rows, (rows.shape[0], groups, R, LANES)),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
@@ -273,11 +274,6 @@ def _whole(pieces: Float32[Array, "I T ..."], B: int, Q: int) -> Float32[Array, 
 
 def _product_dtype(stored: Any) -> Any:
     return jnp.float32 if stored.dtype == jnp.float32 else jnp.bfloat16
-
-
-def _output_like(operand: Float[Array, "..."], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """A float32 output that varies over the mesh axes of a `shard_map` that `operand` varies over."""
-    return jax.eval_shape(lambda x: jnp.zeros_like(x, shape=shape, dtype=jnp.float32), operand)
 
 
 def _check(pages: Pages) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import Case, cases, check, expected, make_case, quantized, shapes
+from paged_cases import attend as attend_on
+from paged_cases import cases, check, expected, make_case, quantized, shapes
 
 from lamina_jax.native_products import with_native_products
 from pallas_kernels import native
-from pallas_kernels.paged_attention.native import paged_attention_native
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,8 +26,7 @@ def kernels() -> None:
         pytest.skip(str(error))
 
 
-def attend(case: Case) -> tuple[jax.Array, jax.Array]:
-    return jax.jit(functools.partial(paged_attention_native, **case.options))(*case.operands)
+attend = functools.partial(attend_on, platform="native")
 
 
 @settings(max_examples=60)
@@ -49,10 +48,20 @@ def test_long_contexts_shared_by_threads(dtype: type, B: int, Q: int, G: int) ->
     contexts = [2048 - 61 * b for b in range(B)]
     case = make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype)
     check(case, attend(case), tolerance=1e-5 if dtype == np.float32 else 2e-2)
-    windowed = dataclasses.replace(
-        make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype, window=700)
-    )
+    windowed = make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype, window=700)
     check(windowed, attend(windowed), tolerance=1e-5 if dtype == np.float32 else 2e-2)
+
+
+def test_bits_are_those_of_a_bfloat16() -> None:
+    bfloat16, float16 = (
+        make_case(0, B=2, Q=1, K=2, G=2, H=16, p=8, M=5, contexts=[21, 40], dtype=dtype)
+        for dtype in (jnp.bfloat16, np.float16)
+    )
+    stored = dataclasses.replace(bfloat16, pages=bfloat16.pages.view(np.uint16))
+    check(bfloat16, attend(stored, dtype=jnp.bfloat16), tolerance=2e-2)
+    for pages in (float16.pages, float16.pages.view(np.uint16)):
+        with pytest.raises(ValueError, match="no float16 pages"):
+            attend(dataclasses.replace(float16, pages=pages), dtype=jnp.float16)
 
 
 def test_large_scores() -> None:

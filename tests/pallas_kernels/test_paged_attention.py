@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from paged_cases import Case, attend, cases, check, expected, make_case, shapes
 
 from pallas_kernels import NO_PAGE, paged_attention
+from pallas_kernels.paged_attention.contract import check_shapes
 
 XLA_READINGS = pytest.mark.parametrize("platform", [None, "cpu"])
 
@@ -151,3 +152,20 @@ def test_refusals_name_the_value(changes: dict, options: dict, message: str) -> 
     case = dataclasses.replace(small_case(), **changes)
     with pytest.raises(ValueError, match=message):
         paged_attention(*case.operands, **case.options, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"page_index": (3, 4)}, r"page_index is \(3, 4\)"),
+        ({"context_lens": (2,)}, r"context_lens must be \(3,\), got \(2,\)"),
+        ({"q_positions": (3, 2)}, r"q_positions must be \(3, 1\), got \(3, 2\)"),
+    ],
+    ids=str,
+)
+def test_tables_of_other_requests_are_refused(changes: dict, message: str) -> None:
+    """Asked here of the check itself: in tests the annotations of `paged_attention` refuse them first."""
+    names = ("q", "pages", "block_tables", "context_lens", "page_index", "q_positions")
+    shapes = {name: getattr(small_case(), name).shape for name in names} | changes
+    with pytest.raises(ValueError, match=message):
+        check_shapes(*(jnp.zeros(shapes[name], jnp.int32) for name in names))
