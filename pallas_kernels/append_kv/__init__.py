@@ -40,6 +40,8 @@ def append_kv(
     Raises:
         ValueError: dtypes that differ.
     """
+    if k.dtype != v.dtype:
+        raise ValueError(f"k is {k.dtype}, but v is {v.dtype}: convert one of them first")
     kv = jnp.stack([k, v], axis=1)  # [T, 2, K, H]
     if isinstance(pages, QuantizedPages):
         values, scales = quantize(kv, pages.values.dtype)

@@ -65,6 +65,8 @@ def test_refuses_to_convert() -> None:
     k = jnp.zeros((1, 2, 8))
     with pytest.raises(ValueError, match="k and v are float32, but pages hold uint16"):
         append_kv(jnp.zeros((4, 2, 2, 4, 8), jnp.uint16), k, k, jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match="k is float32, but v is bfloat16"):
+        append_kv(jnp.zeros((4, 2, 2, 4, 8)), k, k.astype(jnp.bfloat16), jnp.zeros(1, jnp.int32))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])
