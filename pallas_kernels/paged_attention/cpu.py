@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention.contract import (
     visited_entries,
 )
 
-# From so many query rows per KV head on, the products outweigh the copies of pages side by side.
+# Beyond so many query rows per KV head the products outweigh the copies of pages side by side.
 CHUNK_ROWS = 32
 CHUNK_PAGES = 4
 

@@ -1,6 +1,7 @@
 """Attention over keys that come block by block: running maximum, sum and output of every row.
 
-Plain jnp on values, so that XLA loops and Pallas kernels share it. Knows nothing of pages.
+Plain jnp on values, for loops that XLA compiles. The Pallas kernels, whose compilers ask for shapes of their
+own, share only `LOWEST`. Knows nothing of pages.
 """
 
 from __future__ import annotations
