@@ -45,6 +45,7 @@ class CacheGeometry:
 
     @property
     def bytes_per_token_and_layer(self) -> int:
+        """Bytes of the k and v of one token in one layer, their scales included, over all devices."""
         vector = self.head_dim * KV_BYTES[self.dtype] + (SCALE_BYTES if self.is_quantized else 0)
         return 2 * self.num_kv_heads * vector
 

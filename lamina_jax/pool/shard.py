@@ -121,11 +121,12 @@ class AttentionShard:
             wanted["append", bucket, None] = self._append_program(bucket, meta)
         if cached:
             name = "attend" if overlap else "both"
-            for kind in self._kinds:
+            for kind in dict.fromkeys(self._kinds):  # most layers have the same
                 wanted[name, bucket, kind] = self._attend_program(name, bucket, kind, meta)
-        for key in wanted.keys() - self._programs.keys():
-            self._programs[key] = wanted[key]
-            yield f"{key[0]} {bucket} on {self.device}", wanted[key].compile
+        for key, program in wanted.items():
+            if key not in self._programs:
+                self._programs[key] = program
+                yield f"{key[0]} {bucket} on {self.device}", program.compile
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies
