@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ PAGE_SIZE = {"gpu": 64, "tpu": 128}
 FACTS_SECONDS, TEST_SECONDS, ALL_SECONDS = 60, 270, 470
 """The benchmark has what is left. What a part has printed by its deadline is kept."""
 
-TEST_LINE = re.compile(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*)\))?", re.MULTILINE)
+OUTCOMES = "PASSED", "FAILED", "ERROR", "SKIPPED"
+TEST_LINE = re.compile(rf"^(\S+::\S+) ({'|'.join(OUTCOMES)})", re.MULTILINE)
 FACTS = """
 import importlib.metadata, json, platform, jax
 device = jax.devices()[0]
@@ -54,7 +56,7 @@ def main() -> int:
     if facts["exit_code"]:
         print(f"JAX finds no {args.platform} on this machine:\n{facts['output'][-2000:]}")
         return 2
-    found = json.loads(facts["output"].splitlines()[-1])
+    found = facts_in(facts["output"])
     print(f"{found['devices']} x {found['device']}, Python {found['python']}")
     result = {"platform": args.platform, "facts": found, "driver": driver(args.platform), "commit": commit()}
     result["tests"] = tests = run_tests(environment)
@@ -66,6 +68,8 @@ def main() -> int:
     save(out, result)
     print(benchmark["output"])
     failed = [name for name, outcome in tests["outcomes"].items() if outcome in ("FAILED", "ERROR")]
+    if tests["exit_code"] and not failed:  # they could not be collected, or were cut off
+        print(tests["output"][-2000:])
     print(*(f"FAILED {name}" for name in failed), f"all of it is in {out.resolve()}", sep="\n")
     return int(bool(tests["exit_code"] or benchmark["exit_code"]))
 
@@ -102,11 +106,16 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str]) 
     return {"exit_code": code, "seconds": time.monotonic() - started, "output": text}
 
 
+def facts_in(output: str) -> dict[str, Any]:
+    """The answer of FACTS among what a runtime may print before and after it."""
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith('{"device"')))
+
+
 def run_tests(environment: Mapping[str, str]) -> dict[str, Any]:
     """The tests of this folder; "outcomes" by test, as far as they came."""
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(HERE), "-v", "--tb=short"]
     ran = run([*command, "-rs", "-o", "faulthandler_timeout=60"], TEST_SECONDS, environment)
-    return {**ran, "outcomes": {name: outcome for name, outcome, _ in TEST_LINE.findall(ran["output"])}}
+    return {**ran, "outcomes": dict(TEST_LINE.findall(ran["output"]))}
 
 
 def run_benchmark(
@@ -121,10 +130,8 @@ def run_benchmark(
 
 
 def counts(outcomes: Mapping[str, str]) -> str:
-    found = list(outcomes.values())
-    return ", ".join(
-        f"{found.count(outcome)} {outcome.lower()}" for outcome in ("PASSED", "FAILED", "SKIPPED")
-    )
+    found = Counter(outcomes.values())
+    return ", ".join(f"{found[outcome]} {outcome.lower()}" for outcome in OUTCOMES)
 
 
 def driver(platform: str) -> str:

@@ -15,13 +15,20 @@ FAILED tests/hardware/test_a.py::test_heads[int8-5] - AssertionError
 
 
 def test_outcomes_are_read_as_far_as_they_came() -> None:
-    outcomes = {name: outcome for name, outcome, _ in check.TEST_LINE.findall(VERBOSE)}
+    outcomes = dict(check.TEST_LINE.findall(VERBOSE))
     assert [name.rpartition("::")[2] for name in outcomes] == [
         "test_heads[bfloat16-5]",
         "test_heads[int8-5]",
         "test_fp8",
     ]
-    assert check.counts(outcomes) == "1 passed, 1 failed, 1 skipped"
+    assert check.counts(outcomes) == "1 passed, 1 failed, 0 error, 1 skipped"
+
+
+def test_facts_are_found_among_what_a_runtime_prints() -> None:
+    assert check.facts_in('{"a": 1}\n{"device": "TPU v5e", "devices": 4}\nI0000 closing\n') == {
+        "device": "TPU v5e",
+        "devices": 4,
+    }
 
 
 def test_what_was_printed_by_the_deadline_is_kept() -> None:
