@@ -16,7 +16,7 @@ VIRTUAL_DEVICES = 8
 def _prepare_jax() -> None:
     """Give the CPU backend its virtual devices and turn on jax's strict modes.
 
-    JAX_PLATFORMS is left alone where it is set, so that `JAX_PLATFORMS=cuda pytest -m gpu` uses the GPU.
+    JAX_PLATFORMS is left alone where it is set, so that `JAX_PLATFORMS=cuda pytest -m hardware` uses the GPU.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     flags = os.environ.get("XLA_FLAGS", "")
