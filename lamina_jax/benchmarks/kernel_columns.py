@@ -48,7 +48,7 @@ class Column(NamedTuple):
 
 def find_devices(kv_heads: int) -> tuple[jax.Device, ...]:
     """One accelerator, or as many virtual devices of the CPU as it has cores and as share the heads evenly:
-    what attention runs on in an engine of this machine."""
+    what attention runs on in an engine of this machine that has XLA's kernels."""
     devices = choose_worker_devices(None)
     if devices[0].platform != "cpu":
         return devices[:1]
