@@ -33,14 +33,14 @@ def append_kv(
 
     Args:
         pages: of the dtype of k and v, or uint16: the bits of a 16-bit dtype; or quantised.
-        k, v: of one dtype; no conversion takes place but to quantised pages.
+        k, v: of one dtype and not converted; of any float dtypes where pages are quantised.
         slots: page * p + offset, each slot at most once; those outside 0 .. P p - 1 are dropped, which is
             how padding is written.
 
     Raises:
         ValueError: dtypes that differ.
     """
-    if k.dtype != v.dtype:
+    if k.dtype != v.dtype and not isinstance(pages, QuantizedPages):
         raise ValueError(f"k is {k.dtype}, but v is {v.dtype}: convert one of them first")
     kv = jnp.stack([k, v], axis=1)  # [T, 2, K, H]
     if isinstance(pages, QuantizedPages):
