@@ -74,6 +74,7 @@ def plan_prefill(
         block_tables[row, : len(request.pages)] = request.pages
         context_lens[row] = start
         tokens[row, :count] = chunk
+        positions[row] = start + count - 1  # of padding, too: from 0 it would see beyond any window
         positions[row, :count] = position
         slots[row, :count] = block_tables[row, place] * config.page_size + offset
         logits_at[row] = row * width + count - 1

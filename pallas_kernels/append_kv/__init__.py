@@ -56,7 +56,13 @@ def append_kv(
 def quantize(
     x: Float[Array, "*shape H"], dtype: DTypeLike
 ) -> tuple[Shaped[Array, "*shape H"], Float32[Array, "*shape"]]:
-    """(values, scales) as `QuantizedPages` hold them: int8, float8_e4m3fn, or uint8, the latter's bits."""
+    """(values, scales) as `QuantizedPages` hold them: int8, float8_e4m3fn, or uint8, the latter's bits.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in (jnp.int8, jnp.uint8, jnp.float8_e4m3fn):
+        raise ValueError(f"quantised pages are int8, uint8 or float8_e4m3fn, got {jnp.dtype(dtype)}")
     x = x.astype(jnp.float32)
     is_int, is_bits = jnp.dtype(dtype) == jnp.int8, jnp.dtype(dtype) == jnp.uint8
     most = float(jnp.iinfo(jnp.int8).max if is_int else jnp.finfo(jnp.float8_e4m3fn).max)

@@ -152,7 +152,7 @@ def test_a_request_from_prompt_to_end():
     pages = prefill.block_tables[0, :2]
     assert prefill.bucket == (2, 8)
     assert prefill.tokens[0].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
-    assert prefill.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert prefill.positions[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     assert prefill.slots[0].tolist() == [*(pages[0] * 4 + np.arange(4)), pages[1] * 4, 96, 96, 96]
     assert prefill.logits_at.tolist() == [4, 0]
 
