@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install serve test test-slow test-multi test-load test-parity test-aot test-gpu test-tpu lint format clean
+.PHONY: install serve test test-slow test-multi test-hosts test-load test-parity test-aot test-gpu test-tpu lint format clean
 
 install: .venv/.installed
 
@@ -22,6 +22,10 @@ test-slow: install
 # Starts processes of its own; some tests need to be root.
 test-multi: install
 	$(BIN)/python -m pytest -q -m "multi and not slow and not load" $(ARGS)
+
+# Several compute hosts, prefill hosts and launchers, as processes of this machine.
+test-hosts: install
+	$(BIN)/python -m pytest -q -m hosts $(ARGS)
 
 # Load, soak, long fuzzing, client libraries: tests that litellm and langchain-openai are missing for are skipped.
 test-load: install

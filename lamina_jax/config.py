@@ -75,6 +75,12 @@ class EngineConfig:
         exchange: between the engine and its workers: "local" within a process, "socket" (blocking TCP, or
             a Unix socket on one host) or "grpc" (through any proxy); "auto" chooses and says why.
         wire_dtype: of q, k, v and o between the meshes; "auto" takes that of the activations.
+        coordinator: "host:port" at which host 0 of several compute hosts gathers the others, or "auto": what
+            Slurm, Kubernetes or Cloud TPU say of this process. None: one compute host.
+        num_hosts: compute hosts that share the compute mesh; with coordinator, and not with "auto".
+        host_id: which of them this is; host 0 schedules. With coordinator, and not with "auto".
+        prefill: addresses of prefill hosts, "host:port,host:port", which prefill prompts in place of the
+            compute mesh. None prefills in chunks beside decoding.
         timings: keep the times of the last steps over workers, layer by layer, and sum them up in the
             statistics.
         trace: a file that gets the last steps as a Chrome trace when the engine ends.
@@ -106,6 +112,10 @@ class EngineConfig:
     partition: Literal["heads", "requests", "tokens"] = "heads"
     exchange: Literal["auto", "local", "socket", "grpc"] = "auto"
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    coordinator: str | None = None
+    num_hosts: int | None = None
+    host_id: int | None = None
+    prefill: str | None = None
     timings: bool = False
     trace: str | None = None
     compilation_cache: str | None = None
@@ -135,6 +145,11 @@ class EngineConfig:
                 )
         if self.attention and self.exchange == "local":
             raise ConfigError("exchange=local is within one process: leave attention out, or choose another")
+        self._check_hosts()
+        if self.prefill and not self.attention:
+            raise ConfigError(
+                "prefill names hosts whose KV attention workers pull: name those with attention, too"
+            )
         if self.partition == "tokens" and self.overlap == "off":
             raise ConfigError(
                 "partition=tokens sends q to every worker, and k, v to one: it cannot send them in one "
@@ -160,6 +175,26 @@ class EngineConfig:
             )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+
+    def _check_hosts(self) -> None:
+        given = {name for name in ("num_hosts", "host_id") if getattr(self, name) is not None}
+        wanted = set() if self.coordinator in (None, "auto") else {"num_hosts", "host_id"}
+        if given != wanted:
+            raise ConfigError(
+                f"coordinator={self.coordinator!r}, num_hosts={self.num_hosts}, host_id={self.host_id}: an "
+                'address comes with both of the others, "auto" or none with neither'
+            )
+        if self.coordinator is None:
+            return
+        if not self.attention:
+            raise ConfigError(
+                "coordinator is for compute hosts, whose KV cache workers hold: name those with attention"
+            )
+        if self.num_hosts is None or self.host_id is None:
+            return
+        host_and_port("coordinator", self.coordinator)
+        if not 0 <= self.host_id < self.num_hosts:
+            raise ConfigError(f"host_id={self.host_id} must be in 0 .. num_hosts - 1 = {self.num_hosts - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
