@@ -2,19 +2,21 @@
 
 With no arguments it serves the bundled model on 127.0.0.1:8000. The port is bound first, then the model
 is loaded; `/health` answers at once, `/ready` when the first request can be served. With `--cluster FILE`
-it is the engine of a cluster file.
+it is the engine of a cluster file, or another of its compute hosts, or one of its prefill hosts.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
-from lamina_jax.cluster.pin import check_cores
-from lamina_jax.cluster.processes import Cluster
+from lamina_jax.cluster.pin import check_cores, pin
+from lamina_jax.cluster.processes import Cluster, Process
 from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.server.api_keys import read_keys
@@ -25,24 +27,75 @@ from lamina_jax.server.messages import Start
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit code."""
-    configs = parse(argv)
     options, others = cluster_flags().parse_known_args(argv)
-    if options.cluster is None and not options.dry_run:
-        return serve(*configs)
     try:
+        if {"-h", "--help"} & set(others) or (options.cluster is None and not options.dry_run):
+            return by_flags(options, *parse(argv))
         cluster = the_cluster(options.cluster, others)
         if options.dry_run:
             print(describe(cluster))
             return 0
-        check_cores(cluster.engine.cores)
+        return by_file(cluster, options.role, options.host_id)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return serve(cluster.engine.settings, cluster.engine.server, cluster)
+
+
+def by_flags(options: argparse.Namespace, engine: EngineConfig, server: ServerConfig) -> int:
+    """Be what a command line without a cluster file says; the exit code.
+
+    Raises:
+        ConfigError: flags that do not go together.
+    """
+    if (options.role == "prefill") != (options.listen is not None):
+        raise ConfigError("--role prefill and --listen HOST:PORT belong together: give both, or neither")
+    if options.role == "prefill":
+        return prefill(engine, options.listen)
+    return follow(engine) if engine.host_id else serve(engine, server)
+
+
+def by_file(cluster: Cluster, role: str, host_id: int | None) -> int:
+    """Be one of a cluster's processes; the exit code.
+
+    Raises:
+        ConfigError: the cluster has no such process, or its host not the cores for it.
+    """
+    if role == "prefill":
+        number = the_number(cluster, "prefill", host_id, len(cluster.prefill))
+        become(cluster.prefill[number])
+        return prefill(cluster.prefill_settings(number), cluster.listens(cluster.prefill[number]))
+    number = the_number(cluster, "engine.followers", host_id or 0, len(cluster.compute))
+    if number == 0:
+        check_cores(cluster.engine.cores)
+        return serve(cluster.engine.settings, cluster.engine.server, cluster)
+    become(cluster.compute[number])
+    return follow(cluster.compute_settings(number))
+
+
+def become(process: Process) -> None:
+    """Take a process's cores and variables, before jax is imported."""
+    pin(process.cores)
+    os.environ.update(process.environment)
+
+
+def follow(config: EngineConfig) -> int:
+    """Be a compute host that host 0 leads; the exit code."""
+    raise ConfigError(f"host_id={config.host_id}: several compute hosts are not supported yet")
+
+
+def prefill(config: EngineConfig, listen: str) -> int:
+    """Be a prefill host; the exit code."""
+    raise ConfigError(f"--role prefill (listen={listen}): prefill hosts are not supported yet")
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Cluster | None = None) -> int:
     """Serve one model, as the engine of `cluster` if there is one; the exit code."""
+    if engine_config.coordinator is not None:
+        raise ConfigError(
+            f"coordinator={engine_config.coordinator}: several compute hosts are not supported yet"
+        )
+    if engine_config.prefill is not None:
+        raise ConfigError(f"prefill={engine_config.prefill}: prefill hosts are not supported yet")
     try:
         keys = read_keys(server_config.api_key_file)
         listener = listen(server_config)
@@ -87,10 +140,25 @@ def parse(argv: Sequence[str] | None) -> tuple[EngineConfig, ServerConfig]:
 
 
 def cluster_flags() -> Parser:
-    """The flags beside which there are no others."""
+    """The flags that are about which process this is; with `--cluster` there are no others."""
     parser = Parser(prog="python -m lamina_jax.serve", add_help=False, allow_abbrev=False)
     parser.add_argument(
-        "--cluster", metavar="FILE", help="be the engine of a cluster file, which says all else"
+        "--cluster", metavar="FILE", help="be a process of a cluster file, which says all else: its engine"
+    )
+    parser.add_argument(
+        "--host-id",
+        type=int,
+        metavar="N",
+        help="which compute host this is; host 0 is the engine. With --role prefill: which prefill host",
+    )
+    parser.add_argument(
+        "--role",
+        choices=("engine", "prefill"),
+        default="engine",
+        help="prefill: compute the KV of prompts, which the attention workers of an engine pull",
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="with --role prefill: where engine and workers find it"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="with --cluster: print who would run what, and start nothing"
@@ -109,6 +177,20 @@ def the_cluster(name: str | None, others: Sequence[str]) -> Cluster:
     if others:
         raise ConfigError(f"--cluster and {' '.join(others)} cannot stand together: write it into {name}")
     return read_cluster(find_cluster_file(name))
+
+
+def the_number(cluster: Cluster, key: str, host_id: int | None, count: int) -> int:
+    """`host_id`, if the file describes so many hosts under `key`.
+
+    Raises:
+        ConfigError: it does not, or none was given.
+    """
+    if host_id is None or not 0 <= host_id < count:
+        ids = f"0 to {count - 1}" if count else "none"
+        raise ConfigError(
+            f"{cluster.file}: {key}: there is no host with --host-id {host_id}; there are {ids}"
+        )
+    return host_id
 
 
 if __name__ == "__main__":

@@ -7,8 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lamina_jax.cluster.processes import Cluster, EngineProcess, WorkerProcess
+from lamina_jax.cluster.processes import (
+    AnyProcess,
+    Cluster,
+    EngineProcess,
+    FollowerProcess,
+    PrefillProcess,
+)
 from lamina_jax.config import ConfigError, indices, is_loopback
+
+_SEES = {"CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"}
+"""Variables by which a process sees other accelerators, under the same numbers."""
 
 
 def check_claims(cluster: Cluster) -> None:
@@ -21,7 +30,7 @@ def check_claims(cluster: Cluster) -> None:
     for where, process in cluster.keys().items():
         machine = machine_of(cluster.address(process))
         try:
-            claims = [(f"{where}.{key}", claimed) for key, claimed in _claims(process)]
+            claims = [(f"{where}.{key}", claimed) for key, claimed in _claims(cluster, process)]
         except ConfigError as error:
             raise ConfigError(f"{cluster.file}: {where}.{error}") from None
         for key, claimed in claims:
@@ -49,11 +58,18 @@ def machine_of(address: str) -> str:
     return "this machine" if is_loopback(address) else address
 
 
-def _claims(process: EngineProcess | WorkerProcess) -> Iterator[tuple[str, str]]:
+def _claims(cluster: Cluster, process: AnyProcess) -> Iterator[tuple[str, str]]:
     """(key, what it claims) of one process. CPU devices are virtual: each process has its own."""
     if isinstance(process, EngineProcess):
         devices_key, devices = "settings.compute_devices", process.settings.compute_devices
         yield from _port("server.port", process.server.port, any_free=True)
+        if process.followers:
+            yield from _port("coordinator_port", process.coordinator_port)
+    elif isinstance(process, FollowerProcess):
+        devices_key, devices = "host", cluster.engine.settings.compute_devices
+    elif isinstance(process, PrefillProcess):
+        devices_key, devices = "compute_devices", process.compute_devices
+        yield from _port("port", process.port)
     else:
         devices_key, devices = "devices", process.settings.devices
         yield from _port("port", process.port)
@@ -63,7 +79,7 @@ def _claims(process: EngineProcess | WorkerProcess) -> Iterator[tuple[str, str]]
         key, value = "cores", process.cores
         for core in indices(value) if value is not None else ():
             yield key, f"core {core}"
-        key, value = devices_key, devices
+        key, value = devices_key, None if _SEES & process.environment.keys() else devices
         for name in device_names(value) if value is not None else ():
             if not name.startswith("cpu"):
                 yield key, name

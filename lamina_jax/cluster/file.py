@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lamina_jax
 from lamina_jax.cluster.claims import check_claims
-from lamina_jax.cluster.processes import Cluster, EngineProcess, Process, WorkerProcess
+from lamina_jax.cluster.processes import (
+    Cluster,
+    EngineProcess,
+    FollowerProcess,
+    PrefillProcess,
+    Process,
+    WorkerProcess,
+)
 from lamina_jax.cluster.table import Table, names, read_file
 from lamina_jax.config import (
     AttendConfig,
@@ -21,15 +28,22 @@ from lamina_jax.config import (
     SecurityConfig,
     ServerConfig,
     address_of,
+    is_loopback,
 )
 
 ELSEWHERE = {
     "attention": "the engine's workers are those under [[workers]]",
+    "prefill": "its prefill hosts are those under [[prefill]]",
+    "coordinator": "it is engine.host and engine.coordinator_port",
+    "num_hosts": "the compute hosts are the engine's and those under [[engine.followers]]",
+    "host_id": "a compute host's place in the file is its number",
     "memory_fraction": "each worker has its own, under [[workers]]",
     "security": "it is a table of its own, [security]",
     "insecure": "it stands in [security], for all processes",
 }
 """Settings that a process gets, but from another place of the file."""
+
+Kind = TypeVar("Kind", bound=Process)
 
 
 def find_cluster_file(name: str) -> Path:
@@ -56,22 +70,22 @@ def read_cluster(path: Path) -> Cluster:
         ConfigError: it names the file, the key's path, and what is wrong with it.
     """
     top = read_file(path)
-    top.only("hosts", "security", "engine", "workers")
+    top.only("hosts", "security", "engine", "workers", "prefill")
     hosts = top.part("hosts").strings()
     workers = tuple(_worker(table, hosts) for table in top.parts("workers"))
     if not workers:
         raise top.error("workers", "missing: describe at least one under [[workers]]")
     engine = _engine(top.part("engine"), hosts, workers, _security(top.part("security")))
-    cluster = Cluster(file=path, hosts=hosts, engine=engine, workers=workers)
+    prefill = tuple(_process(table, PrefillProcess, hosts) for table in top.parts("prefill"))
+    cluster = Cluster(file=path, hosts=hosts, engine=engine, workers=workers, prefill=prefill)
     check_claims(cluster)
-    return cluster
+    return cluster.connected()
 
 
 def _worker(table: Table, hosts: dict[str, str]) -> WorkerProcess:
     own = names(WorkerProcess) - {"settings"}
     table.only(*sorted(own), *sorted(names(AttendConfig) - {"listen"}))
-    worker = table.some(own).read(WorkerProcess)
-    _check_host(table, worker, hosts)
+    worker = _process(table.some(own), WorkerProcess, hosts)
     listen = address_of(hosts[worker.host], worker.port)
     flags = table.some(table.values.keys() - own)
     return replace(worker, settings=flags.read(AttendConfig, listen=listen))
@@ -87,9 +101,16 @@ def _engine(
     server = table.part("server").read(ServerConfig, ELSEWHERE, insecure=security.insecure)
     if server.api_key_file is not None:
         server = replace(server, api_key_file=str(table.file.parent / server.api_key_file))
-    engine = table.read(EngineProcess, settings=settings, server=server)
-    _check_host(table, engine, hosts)
-    return engine
+    followers = tuple(_process(part, FollowerProcess, hosts) for part in table.parts("followers"))
+    here = [is_loopback(hosts[process.host]) for process in followers]
+    if not all(here) and is_loopback(hosts.get(str(table.values.get("host")), "")):
+        address = hosts[table.values["host"]]
+        raise table.error(
+            "host", f"{address} is reached by its own machine only, and it has followers elsewhere"
+        )
+    if "coordinator_port" in table.values and not followers:
+        raise table.error("coordinator_port", "it is for followers, and there is no [[engine.followers]]")
+    return _process(table, EngineProcess, hosts, settings=settings, server=server, followers=followers)
 
 
 def _security(table: Table) -> SecurityConfig:
@@ -103,7 +124,9 @@ def _security(table: Table) -> SecurityConfig:
     return replace(security, **from_here)
 
 
-def _check_host(table: Table, process: Process, hosts: dict[str, str]) -> None:
+def _process(table: Table, kind: type[Kind], hosts: dict[str, str], **given: Any) -> Kind:
+    process = table.read(kind, **given)
     if process.host not in hosts:
         names = ", ".join(hosts) or "none"
         raise table.error("host", f"{process.host!r} is no name under [hosts], which has {names}")
+    return process

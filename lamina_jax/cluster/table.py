@@ -39,19 +39,18 @@ class Table:
 
     def error(self, key: str, problem: str) -> ConfigError:
         """What is wrong with a key, or with the whole table where `key` is ""."""
-        path = ".".join(part for part in (self.path, key) if part)
-        return ConfigError(": ".join(part for part in (str(self.file), path, problem) if part))
+        return ConfigError(": ".join(part for part in (str(self.file), self._path(key), problem) if part))
 
     def part(self, key: str) -> Table:
         """The table at `key`, empty where there is none."""
-        return Table(self._get(key, dict, {}), self.file, f"{self.path}.{key}".removeprefix("."))
+        return Table(self._get(key, dict, {}), self.file, self._path(key))
 
     def parts(self, key: str) -> list[Table]:
         """The tables of the array at `key` ([[key]])."""
         values = self._get(key, list, [])
         if not all(type(value) is dict for value in values):
-            raise self.error(key, f"expected tables, each under a [[{key}]] of its own")
-        return [Table(value, self.file, f"{key}[{i}]") for i, value in enumerate(values)]
+            raise self.error(key, f"expected tables, each under a [[{self._path(key)}]] of its own")
+        return [Table(value, self.file, f"{self._path(key)}[{i}]") for i, value in enumerate(values)]
 
     def some(self, keys: Set[str]) -> Table:
         """This table with these keys alone."""
@@ -90,10 +89,14 @@ class Table:
             if key not in keys:
                 raise self.error(key, f"there is no such key here; there are {', '.join(keys)}")
 
+    def _path(self, key: str) -> str:
+        return ".".join(part for part in (self.path, key) if part)
+
     def _get(self, key: str, kind: type, default: Any) -> Any:
         value = self.values.get(key, default)
         if type(value) is not kind:
-            brackets = f"[{key}]" if kind is dict else f"[[{key}]]"
+            path = self._path(key)
+            brackets = f"[{path}]" if kind is dict else f"[[{path}]]"
             raise self.error(key, f"expected a table, {brackets}, got {value!r}")
         return value
 

@@ -54,3 +54,10 @@ LLAMA3_70B = ModelConfig(
 )
 
 SHAPES = {"qwen3-0.6b": QWEN3_0_6B, "llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B}
+
+HUB_IDS = {
+    "Qwen/Qwen3-0.6B": QWEN3_0_6B,
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA3_8B,
+    "meta-llama/Llama-3.1-70B-Instruct": LLAMA3_70B,
+}
+"""The models on Hugging Face that have these shapes."""

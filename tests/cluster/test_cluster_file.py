@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lamina_jax import attend, serve
 from lamina_jax.cluster.claims import indices
 from lamina_jax.cluster.commands import commands
 from lamina_jax.cluster.file import ELSEWHERE, find_cluster_file, read_cluster
@@ -109,6 +110,15 @@ def test_a_name_that_there_is_not() -> None:
         ("[engine]", "[engine.server]\nport = 7101\n[engine]", ["workers[0].port", "engine.server.port"]),
         ("[engine]", "[engine.server]\nhost = '10.0.0.1'\n[engine]", ["engine.server: host", "10.0.0.1"]),
         ("[engine]", "[engine.server]\ninsecure = true\n[engine]", ["engine.server.insecure", "[security]"]),
+        ("[engine]", "[engine.settings]\nprefill = 'x:1'\n[engine]", ["settings.prefill", "[[prefill]]"]),
+        ("[engine]", "[engine.settings]\nhost_id = 1\n[engine]", ["settings.host_id", "place in the file"]),
+        ("[engine]", "[engine]\ncoordinator_port = 7100", ["coordinator_port", "[[engine.followers]]"]),
+        ("[engine]", "[engine.followers]\nhost = 'a'\n[engine]", ["[[engine.followers]]"]),
+        ("[engine]", "[[engine.followers]]\nhost = 'z'\n[engine]", ["engine.followers[0].host", "'z'"]),
+        ("[engine]", "[[engine.followers]]\nport = 1\n[engine]", ["engine.followers[0].port", "no such key"]),
+        ("[engine]", "[[engine.followers]]\nhost = 'b'\n[engine]", ["engine.host", "127.0.0.1", "elsewhere"]),
+        ("[hosts]", "[[prefill]]\nhost = 'b'\nport = 7101\n[hosts]", ["prefill[0].port", "workers[1].port"]),
+        ("[hosts]", "[[prefill]]\nhost = 'b'\n[hosts]", ["prefill[0].port", "missing"]),
         ("[hosts]", "[security]\ntls_cert = 'c'\ntls_key = 'k'\n[hosts]", ["security", "tls_ca"]),
         ("[hosts]", "[security]\ntls_cert = 'c'\n[hosts]", ["security", "tls_cert and tls_key"]),
         ("[hosts]", "[security]\npassword = 'c'\n[hosts]", ["security.password", "token_file"]),
@@ -235,6 +245,82 @@ def test_cores_belong_to_one_process_of_a_machine(file: Path, cores: list[set[in
         assert "engine.cores" in said
     else:
         assert read(file, text).engine.cores == ours
+
+
+MANY = f"""{PLAIN}
+[[prefill]]
+host = "a"
+port = 7301
+compute_devices = "cpu:0"
+[[engine.followers]]
+host = "a"
+[[engine.followers]]
+host = "a"
+cores = "1"
+environment = {{ A = "b" }}
+[engine.settings]
+num_pages = 9
+partition = "tokens"
+"""
+
+
+def test_every_process_of_several_compute_and_prefill_hosts(file: Path) -> None:
+    cluster = read(file, MANY)
+    roles = ["engine", "follower 1", "follower 2", "worker 0", "worker 1", "prefill 0"]
+    assert list(cluster.roles()) == roles
+    settings = cluster.engine.settings
+    assert (settings.coordinator, settings.num_hosts, settings.host_id) == ("127.0.0.1:7100", 3, 0)
+    assert settings.prefill == "127.0.0.1:7301"
+    assert cluster.compute_settings(2) == replace(settings, host_id=2)
+    own = EngineConfig(compute_devices="cpu:0")
+    assert cluster.prefill_settings(0) == own
+    started = {command.role: command for command in commands(cluster, python="python")}
+    serve = ("python", "-m", "lamina_jax.serve", "--cluster", str(file))
+    assert started["follower 2"].argv == (*serve, "--host-id", "2")
+    assert (started["follower 2"].cores, started["follower 2"].environment) == ("1", {"A": "b"})
+    assert started["prefill 0"].argv == (*serve, "--role", "prefill", "--host-id", "0")
+
+
+def test_flags_say_what_the_file_says(file: Path) -> None:
+    """The command line of each process, read by its command, gives the settings of the file."""
+    cluster = read(file, f"{MANY}\n[security]\ninsecure = true\ntoken_file = 'token'\n")
+    for command in commands(cluster, python="python", by_flags=True):
+        role, *number = command.role.split()
+        module, arguments = command.argv[2], list(command.argv[3:])
+        if role == "worker":
+            settings, security = attend.parse(arguments)
+            assert module == "lamina_jax.attend"
+            assert settings == cluster.workers[int(number[0])].settings
+            assert security == cluster.security
+            continue
+        options, _ = serve.cluster_flags().parse_known_args(arguments)
+        engine, server = serve.parse(arguments)
+        assert module == "lamina_jax.serve"
+        if role == "prefill":
+            assert (options.role, options.listen) == ("prefill", "127.0.0.1:7301")
+            assert engine == cluster.prefill_settings(int(number[0]))
+        else:
+            assert engine == cluster.compute_settings(int(number[0]) if number else 0)
+        if role == "engine":
+            assert server == cluster.engine.server
+
+
+def test_addresses_follow_the_hosts(file: Path) -> None:
+    cluster = replace(read(file, MANY), hosts={"a": "one.local", "b": "two.local"}).connected()
+    settings = cluster.engine.settings
+    assert settings.attention == "one.local:7101,two.local:7101"
+    assert (settings.coordinator, settings.prefill) == ("one.local:7100", "one.local:7301")
+    assert [worker.settings.listen for worker in cluster.workers] == ["one.local:7101", "two.local:7101"]
+
+
+def test_compute_hosts_of_one_machine_share_no_accelerator_unless_they_see_others(file: Path) -> None:
+    text = MANY.replace("num_pages", 'compute_devices = "gpu:0"\nnum_pages').replace(
+        'host = "a"\n[[engine', 'host = "b"\n[[engine'
+    )
+    text = text.replace('a = "127.0.0.1"', 'a = "10.0.0.1"')
+    assert "engine.followers[1].host: gpu:0 of 10.0.0.1 is engine.settings" in refused(file, text)
+    seen = text.replace('A = "b"', 'CUDA_VISIBLE_DEVICES = "1"')
+    assert len(read(file, seen).engine.followers) == 2
 
 
 @pytest.mark.parametrize(("devices", "fine"), [("gpu:0", False), ("gpu:1", True), ("cpu:0", True)])

@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.forecast import check_heads, forecast, weight_bytes, wire_bytes
-from lamina_jax.cluster.processes import Cluster
+from lamina_jax.cluster.processes import Cluster, FollowerProcess, PrefillProcess
 from lamina_jax.config import ConfigError
 from lamina_jax.models import ModelConfig
 from lamina_jax.models.hf_config import read_config
-from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.geometry import CacheGeometry, head_table
 from lamina_jax.serve import main
 from lamina_jax.weights.loader import num_bytes
 from lamina_jax.weights.safetensors import find_tensors
@@ -67,14 +67,17 @@ def test_weights_are_as_large_as_the_checkpoint(config: Path) -> None:
 
 @given(
     heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (12, 3)]),
+    shards=st.sampled_from([1, 2, 4]),
     rows=st.integers(1, 64),
     workers=st.integers(1, 5),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_wire_bytes_are_the_sizes_of_the_tensors(
-    heads: tuple[int, int], rows: int, workers: int, dtype: str
+    heads: tuple[int, int], shards: int, rows: int, workers: int, dtype: str
 ) -> None:
     query, kv = heads
+    assume(query % shards == 0 and (kv % shards == 0 or shards % kv == 0))
+    pieces = head_table(query, kv, shards, 1).pieces
     geometry = CacheGeometry(
         num_layers=3,
         num_pages=1,
@@ -87,9 +90,9 @@ def test_wire_bytes_are_the_sizes_of_the_tensors(
     )
     e, d, group, layers = (4 if dtype == "float32" else 2), query * 16, query // kv, 3
     formula = (2 + 2 / group) * e * d * rows * layers + 4 * query * rows * layers
-    assert wire_bytes(geometry, rows, workers, by_token=False) == round(formula)
+    assert wire_bytes(geometry, rows, workers, pieces, by_token=False) == round(formula)
     more = (workers - 1) * (2 * e * d + 4 * query) * rows * layers  # q, o and lse, once more per worker
-    assert wire_bytes(geometry, rows, workers, by_token=True) == round(formula) + more
+    assert wire_bytes(geometry, rows, workers, pieces, by_token=True) == round(formula) + more
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,62 @@ def test_pages_of_each_partition(partition: str, workers: int, page_bytes: int, 
 def test_rows_count_padding(settings: dict[str, object], rows: int, messages: int) -> None:
     needs = forecast(with_settings(local(), **settings), LARGE)
     assert (needs.rows, needs.messages_per_layer) == (rows, messages)
+
+
+def with_followers(cluster: Cluster, count: int) -> Cluster:
+    followers = (FollowerProcess(host="here"),) * count
+    return replace(cluster, engine=replace(cluster.engine, followers=followers)).connected()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "workers", "partition", "pairs"),
+    [  # of a compute host and a worker that has heads of it
+        (1, 4, "heads", 4),
+        (2, 2, "heads", 2),
+        (2, 4, "heads", 4),
+        (4, 2, "heads", 4),
+        (2, 3, "requests", 6),
+        (2, 3, "tokens", 6),
+    ],
+)
+def test_compute_hosts_share_weights_and_wire(hosts: int, workers: int, partition: str, pairs: int) -> None:
+    one = with_settings(with_workers(local(), workers), partition=partition, overlap="on")
+    alone, needs = forecast(one, LARGE), forecast(with_followers(one, hosts - 1), LARGE)
+    assert list(needs.weights) == ["engine", *(f"follower {i}" for i in range(1, hosts))]
+    assert {weights.bytes for weights in needs.weights.values()} == {weight_bytes(LARGE, "bfloat16", hosts)}
+    assert needs.wire_bytes == alone.wire_bytes == hosts * needs.host_wire_bytes
+    assert needs.messages_per_layer == pairs * 3
+
+
+def test_more_compute_devices_than_kv_heads_repeat_them_and_send_each_once() -> None:
+    few = replace(LARGE, num_kv_heads=2)
+    one = with_workers(local(), 1)
+    alone, needs = forecast(one, few), forecast(with_followers(one, 3), few)
+    assert needs.wire_bytes == alone.wire_bytes
+    assert needs.host_wire_bytes > needs.wire_bytes / 4  # two of the four send k and v
+
+
+def test_a_prefill_host_has_all_weights_and_whole_pages() -> None:
+    two = PrefillProcess(host="here", port=7301, compute_devices="cpu:0-1")
+    cluster = with_followers(replace(local(), prefill=(two,)), 1)
+    needs = forecast(cluster, LARGE)
+    assert (needs.weights["prefill 0"].devices, needs.weights["engine"].devices) == (2, 1)
+    assert needs.weights["prefill 0"].bytes == weight_bytes(LARGE, "bfloat16", 2)
+    assert needs.whole_page_bytes == 2 * needs.page_bytes
+
+
+def test_compute_hosts_that_cannot_share_the_heads() -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine\.settings: compute_devices.* 3 devices.* 64 query and 8 KV"
+    ):
+        forecast(with_followers(local(), 2), LARGE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "clusters").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_file_that_comes_along_has_a_dry_run(path: Path) -> None:
+    text = describe(read_cluster(path))
+    for role in read_cluster(path).roles():
+        assert text.count(f"\n{role}") == 3  # its process, its command, its memory
 
 
 @pytest.mark.parametrize(
