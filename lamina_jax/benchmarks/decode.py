@@ -241,6 +241,7 @@ class Comparison:
             "max_prefill_tokens": PAGE_SIZE,
             "page_size": PAGE_SIZE,
             "num_pages": max(cell.pages for cell in cells),
+            "memory_fraction": 1.0,  # whether it fits was asked above, of all columns together
             "prefill_stall_ms": math.inf,
         }
         return engine_command({**common, **self._engines[name]})
