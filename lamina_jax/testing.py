@@ -104,6 +104,22 @@ class FakeRunner:
         """How many steps were dispatched."""
         return {"steps": self._num_steps}
 
+    def new_owner(self) -> int:
+        """Of KV that is brought from elsewhere: for `bring`, and at last for `own`."""
+        self._num_owners += 1
+        return self._num_owners
+
+    def bring(self, owner: int, pages: Sequence[int], position: int, token: int) -> None:
+        """Keep one token in the page, of a request's `pages`, that its position is in."""
+        place, offset = divmod(position, self._partition.page_size)
+        worker, page = divmod(pages[place], self._partition.num_pages)
+        slot = page * self._partition.page_size + offset
+        self._pools[worker][slot] = _Cached(owner, position, token)
+
+    def own(self, request_id: str, owner: int) -> None:
+        """What `owner` was brought is the request's."""
+        self._owners[request_id] = owner
+
     def _run_microbatch(self, plan: MicrobatchPlan) -> np.ndarray:
         chosen = np.full(plan.bucket[0], -1, np.int32)
         shares = self._shares(plan)
@@ -111,8 +127,7 @@ class FakeRunner:
             if not request_id:
                 continue
             if plan.kind == "prefill" and not plan.context_lens[row]:
-                self._num_owners += 1
-                self._owners[request_id] = self._num_owners
+                self.own(request_id, self.new_owner())
             cached = self._cached_tokens(request_id, int(plan.context_lens[row]), shares[row])
             new = self._new_tokens(plan, row)
             self._append(request_id, new, shares[row])

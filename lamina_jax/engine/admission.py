@@ -67,9 +67,10 @@ class Admission:
         request.running, request.prefilled = True, 0
 
     def release(self, request: LiveRequest) -> None:
-        """Its seat is free now, its pages when the last step that names it is complete."""
+        """Its seat is free now, its pages when the last step that names it is complete, or the errand over
+        that brings its KV."""
         del self._running[self._config.segment(request.worker)][request.arrival]
-        self.pages.free(request.pages, after_step=request.last_step)
+        self.pages.free(request.pages, after_step=request.last_step, after_errand=request.errand)
         request.running, request.pages = False, []
 
     def to_preempt(self, growing: Sequence[LiveRequest]) -> LiveRequest | None:

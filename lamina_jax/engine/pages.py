@@ -19,7 +19,8 @@ class PagePool:
     Each of `workers` has an equal share: pages 0 .. share - 1 are worker 0's, and so on.
 
     A step in flight may still read and write the pages that it names. So pages are given back with
-    the number of the last step that names them, and stay used until that step is complete.
+    the number of the last step that names them, and stay used until that step is complete. Likewise an
+    errand, which brings KV from elsewhere, may still write to pages until it is over.
     """
 
     def __init__(self, num_pages: int, page_size: int, workers: int = 1) -> None:
@@ -33,6 +34,7 @@ class PagePool:
         self._free = [list(range((w + 1) * share - 1, w * share - 1, -1)) for w in range(workers)]
         self._held = bytearray(num_pages)
         self._leaving: dict[int, list[int]] = {}
+        self._written: dict[int, list[int]] = {}
         self._completed = -1
 
     @property
@@ -47,8 +49,10 @@ class PagePool:
 
     @property
     def leaving_by_worker(self) -> list[int]:
-        """How many pages of each worker will be free once the steps in flight are complete."""
-        counts = Counter(page // self._share for pages in self._leaving.values() for page in pages)
+        """How many pages of each worker will be free once the steps in flight are complete, and the errands
+        over that write to pages which were given back."""
+        coming = [*self._leaving.values(), *self._written.values()]
+        counts = Counter(page // self._share for pages in coming for page in pages)
         return [counts[worker] for worker in range(len(self._free))]
 
     @property
@@ -78,14 +82,17 @@ class PagePool:
             self._held[page] = True
         return pages
 
-    def free(self, pages: Iterable[int], *, after_step: int = -1) -> None:
-        """Give held pages back; they are free again once step `after_step` is complete."""
+    def free(self, pages: Iterable[int], *, after_step: int = -1, after_errand: int | None = None) -> None:
+        """Give held pages back; they are free again once step `after_step` is complete, or where one is
+        named, errand `after_errand` is over."""
         pages = list(pages)
         for page in pages:
             if not (0 <= page < self.num_pages and self._held[page]):
                 raise PageError(f"page {page} is given back but not held (num_pages={self.num_pages})")
             self._held[page] = False
-        if after_step <= self._completed:
+        if after_errand is not None:
+            self._written.setdefault(after_errand, []).extend(pages)
+        elif after_step <= self._completed:
             self._release(pages)
         else:
             self._leaving.setdefault(after_step, []).extend(pages)
@@ -95,6 +102,15 @@ class PagePool:
         self._completed = max(self._completed, step)
         for waited in [s for s in self._leaving if s <= step]:
             self._release(self._leaving.pop(waited))
+
+    def errand_over(self, errand: int) -> None:
+        """Nothing is written for an errand any more: free the pages that waited for it."""
+        self._release(self._written.pop(errand, ()))
+
+    @property
+    def errands(self) -> list[int]:
+        """Those that pages wait for."""
+        return list(self._written)
 
     def _release(self, pages: Iterable[int]) -> None:
         for page in pages:

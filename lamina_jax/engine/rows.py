@@ -32,6 +32,7 @@ class LiveRequest:
         pages: its pages in order of position.
         worker: the one that its first page is on.
         last_step: the last step that names it.
+        errand: the one that brings its KV from elsewhere, while it does; None: none.
         running: it holds pages and a seat.
         ended: it is finished or aborted: what steps in flight still bring for it is dropped.
     """
@@ -47,6 +48,7 @@ class LiveRequest:
     pages: list[int] = field(default_factory=list)
     worker: int = 0
     last_step: int = -1
+    errand: int | None = None
     running: bool = False
     ended: bool = False
 

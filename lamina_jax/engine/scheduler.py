@@ -5,6 +5,8 @@ devices or jax: it deals in requests, pages and integers.
 
     plan = scheduler.schedule()                # step t + 1, while step t is still in flight
     events = scheduler.update(oldest, tokens)  # the tokens of step t, once they are read
+
+Where prompts are prefilled elsewhere, `errands` tells what is to be brought, and `arrived` that it is there.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import numpy as np
 
 from lamina_jax.core import FinishReason, Request, StepPlan, TokenEvent
 from lamina_jax.engine.admission import Admission
+from lamina_jax.engine.errands import Errand, Errands
 from lamina_jax.engine.prefill import choose_bucket, plan_prefill
 from lamina_jax.engine.rows import DecodeRows, LiveRequest, PlannedMicrobatch, Rows
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
-__all__ = ["Scheduler", "SchedulerConfig"]
+__all__ = ["Errand", "Scheduler", "SchedulerConfig"]
 
 # One step runs while the next one is planned: its tokens are fed back on the device, unseen here.
 _MAX_STEPS_IN_FLIGHT = 2
@@ -44,11 +47,16 @@ class Scheduler:
     their places in the queue, which is in the order of arrival; once admitted again they prefill all their
     tokens, and go on. So nobody is overtaken, and the oldest request always advances.
 
+    While `elsewhere` is set, who is admitted does not prefill: it waits, with its pages and its seat, for the
+    KV of all its tokens but the last, and decodes from there. A prompt of one token, and one whose
+    log-probabilities are asked for, is prefilled here all the same.
+
     `abort` is allowed at any moment. Not safe for use by several threads.
 
     Attributes:
         config: its limits.
         pages: the page pool; `num_free`, `num_used` and `num_pages` are its counts.
+        elsewhere: whether prompts can be prefilled elsewhere now.
         preemptions: how often a request was preempted.
         prompt_tokens: tokens of the prompts of all requests that got a token.
         generation_tokens: tokens that requests got.
@@ -64,6 +72,7 @@ class Scheduler:
         self._decode = [DecodeRows(microbatch, config) for microbatch in range(config.microbatches)]
         self._in_flight: deque[_StepInFlight] = deque()
         self._next_step = self._arrivals = 0
+        self.elsewhere, self._errands = False, Errands()
         self.preemptions = self.prompt_tokens = self.generation_tokens = 0
 
     @property
@@ -83,8 +92,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """A request has not ended, or a step is in flight and must still be given to `update`."""
-        return bool(self._requests or self._in_flight)
+        """A request has not ended, or a step is in flight and must still be given to `update`, or an errand
+        that was dropped is not over."""
+        return bool(self._requests or self._in_flight or self.pages.errands)
 
     @property
     def room(self) -> int:
@@ -129,7 +139,7 @@ class Scheduler:
         """Plan the next step: a token for every decode row, and chunks of prompts.
 
         Returns None when there is nothing to dispatch now: no work, two steps in flight, every request
-        waits for tokens of a step in flight, or one that decodes for a page of it.
+        waits for tokens of a step in flight or for its KV, or one that decodes for a page of it.
         """
         if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT or not self._grow():
             return None
@@ -186,6 +196,31 @@ class Scheduler:
         self._start_decoding(prefilled)
         return events
 
+    def errands(self) -> tuple[list[Errand], list[int]]:
+        """What is to be begun elsewhere, and the numbers of errands to be dropped, since this was asked last.
+
+        Each that is begun is told to `arrived` when it is over, dropped or not: only then are the pages of a
+        request that ended meanwhile free.
+        """
+        return self._errands.news()
+
+    def arrived(self, number: int, *, complete: bool) -> None:
+        """An errand is over, and writes to no page any more.
+
+        Args:
+            complete: all that it was to bring is there. Otherwise its request prefills here.
+        """
+        self.pages.errand_over(number)
+        request = self._errands.over(number)
+        if request is None:
+            return
+        if complete and not (request.request.sampling.penalised and not request.planned):
+            self._start_decoding([request])
+            return
+        # A decode row counts its input among the generated tokens, and that would be the prompt's last one.
+        request.prefilled = len(request.tokens) - 1 if complete else 0
+        self._prefilling.append(request)
+
     def drop_running(self) -> list[str]:
         """End every request that runs, and forget the steps in flight: their cache is lost.
 
@@ -201,6 +236,8 @@ class Scheduler:
             self._end(live)
         self._in_flight.clear()
         self.pages.complete(self._next_step - 1)
+        for errand in self.pages.errands:  # writes to a cache that is lost
+            self.pages.errand_over(errand)
         return [live.request.request_id for live in dropped]
 
     def check_idle(self) -> None:
@@ -260,7 +297,7 @@ class Scheduler:
 
     def _preempt(self, live: LiveRequest) -> None:
         """Back to the queue. Tokens of steps in flight are still read, before it is admitted again."""
-        self._admission.release(live)
+        self._release(live)
         self._prefilling = [other for other in self._prefilling if other is not live]
         waiting = [*self._waiting.values(), live]
         self._waiting = {r.request.request_id: r for r in sorted(waiting, key=lambda r: r.arrival)}
@@ -273,6 +310,8 @@ class Scheduler:
         by for that is admitted all the same, so that nobody is overtaken in the queue.
         """
         admitted = self._admission.admissible(self._waiting.values())
+        if self.elsewhere:
+            admitted = [request for request in admitted if not self._send_away(request)]
         candidates = self._prefilling + admitted
         if not candidates:
             return None
@@ -284,12 +323,28 @@ class Scheduler:
         while admitted and admitted[-1] not in chosen:
             admitted.pop()
         for request in admitted:
-            del self._waiting[request.request.request_id]
-            self._admission.admit(request)
+            self._admit(request)
         plan = plan_prefill(step, chosen, bucket, self.config)
         ready = {request for row, request in enumerate(chosen) if plan.samples[row]}
         self._prefilling = [request for request in self._prefilling + admitted if request not in ready]
         return plan, chosen
+
+    def _send_away(self, request: LiveRequest) -> bool:
+        """Admit a request and have its KV brought, unless it must prefill here; whether that was done."""
+        if len(request.tokens) < 2 or request.request.sampling.prompt_logprobs is not None:
+            return False
+        self._admit(request)
+        self._errands.begin(request)
+        return True
+
+    def _admit(self, request: LiveRequest) -> None:
+        del self._waiting[request.request.request_id]
+        self._admission.admit(request)
+
+    def _release(self, request: LiveRequest) -> None:
+        """Give a running request's seat and pages back."""
+        self._admission.release(request)
+        self._errands.drop(request)
 
     def _read(
         self, microbatch: int, rows: Rows, samples: Sequence[bool], tokens: Sequence[int]
@@ -329,7 +384,7 @@ class Scheduler:
         request.ended = True
         del self._requests[request.request.request_id]
         if request.running:
-            self._admission.release(request)
+            self._release(request)
         else:
             del self._waiting[request.request.request_id]
         self._prefilling = [other for other in self._prefilling if other is not request]

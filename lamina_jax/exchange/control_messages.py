@@ -1,10 +1,12 @@
 """What an engine and an attention worker say to each other beside the frames of the decode loop.
 
-The gRPC service `lamina_jax.Pool` has three methods. Their messages are in msgpack:
+The gRPC service `lamina_jax.Pool` has five methods. Their messages are in msgpack:
 
     Describe   anything -> Description
     Lease      LeaseRequest -> a stream of Progress and then Ready: the worker prepares what is asked, and
                is the engine's for as long as this stream lives
+    Pull       PullOrder -> Pulled (`pull.py`): the worker fetches a prompt's KV from a prefill host
+    Drop       DropOrder -> nothing: it fetches it no more
     Exchange   a bidirectional stream of raw frames (`frames.py`); the session's id stands in its metadata
 """
 

@@ -1,4 +1,4 @@
-"""What crosses a data channel between the engine and an attention worker: a fixed header, then raw bytes.
+"""What crosses a data channel to or from an attention worker: a fixed header, then raw bytes.
 
 Little-endian; q, k, v and o in the wire dtype, integers as int32. Knows nothing of channels, jax or requests.
 """
@@ -28,7 +28,9 @@ class Kind(IntEnum):
     KV: kv[B, Q, 2k, H], k's heads, then v's; of a cache cut by token only the tokens kept there, [T', 2k, H].
     QKV: qkv[B, Q, n + 2k, H]; an ANSWER follows.
     ANSWER: a message of `lamina_jax.pool.message`.
-    FAILED: UTF-8 text: why the worker gives up.
+    FAILED: UTF-8 text: why the worker, or the prefill host, gives up.
+    PULL: int32 first KV head, the one behind the last, then T' positions; a worker asks a prefill host.
+    STORED: its answer: what pages hold of them, values [T', 2, k, H], then scales [T', 2, k] if quantised.
     """
 
     HELLO = 1
@@ -38,6 +40,8 @@ class Kind(IntEnum):
     QKV = 5
     ANSWER = 6
     FAILED = 7
+    PULL = 8
+    STORED = 9
 
 
 class Header(NamedTuple):

@@ -19,8 +19,8 @@ from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
-from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct
-from pallas_kernels import Pages, paged_attention
+from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct, stored_struct
+from pallas_kernels import Pages, keep_stored, paged_attention
 
 Arrays = tuple[jax.Array, ...]
 Messages = tuple[jax.Array | np.ndarray, ...]
@@ -107,6 +107,12 @@ class AttentionShard:
         self.pages[layer], messages = program(self.pages[layer], self._windows[layer], meta, qkv)
         return messages
 
+    def keep_stored(self, layer: int, slots: jax.Array | np.ndarray, stored: Messages) -> None:
+        """Keep what other pages hold of a layer, arrays [T, 2, K, ...], in slots[T]; see `stored_job`."""
+        structure = jax.tree.structure(self.pages[layer])
+        program = self._programs["pulled", (len(slots), 1), None]
+        self.pages[layer] = program(self.pages[layer], jax.tree.unflatten(structure, stored), slots)
+
     @cached_property
     def _windows(self) -> list[jax.Array]:
         return [jax.device_put(np.int32(window), self.device) for window in self._window_sizes]
@@ -127,6 +133,14 @@ class AttentionShard:
             if key not in self._programs:
                 self._programs[key] = program
                 yield f"{key[0]} {bucket} on {self.device}", program.compile
+
+    def stored_job(self, tokens: int) -> Job:
+        """What compiles the program that keeps T = `tokens` tokens of other pages."""
+        pages = pages_struct(self.geometry, self._place)
+        slots = jax.ShapeDtypeStruct((tokens,), np.int32, sharding=self._place)
+        inputs = (pages, stored_struct(self.geometry, self._place, tokens), slots)
+        program = self._programs["pulled", (tokens, 1), None] = Compilation(keep_stored, inputs, donate=(0,))
+        return f"pulled {tokens} on {self.device}", program.compile
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies

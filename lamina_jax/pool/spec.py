@@ -21,6 +21,7 @@ class WorkerSpec:
         overlap: whether q and k, v come in two frames or in one.
         pieces: in how many pieces of heads each device's share comes and goes.
         copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
+        pulls: whether KV is also pulled from prefill hosts.
         by_token: whether a KV frame holds only the tokens that this worker keeps.
     """
 
@@ -35,3 +36,4 @@ class WorkerSpec:
     pieces: int
     copies: int
     by_token: bool
+    pulls: bool = False

@@ -17,9 +17,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from lamina_jax.compilation import Job, compile_all
+from lamina_jax.config import ConfigError
 from lamina_jax.exchange.channel import ChannelClosed, Frame
 from lamina_jax.exchange.control_messages import LeaseEvent, Progress, Ready
-from lamina_jax.exchange.frames import HEADER_BYTES, Header
+from lamina_jax.exchange.frames import HEADER_BYTES, Header, ProtocolError
+from lamina_jax.exchange.pull import PullOrder
+from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.worker.pull import Dial, Pulls
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +34,11 @@ SESSION_ID_BYTES = 16
 class Session(Protocol):
     """The memory side of one lease; see `lamina_jax.worker.session`."""
 
+    geometry: CacheGeometry
+
     def jobs(self) -> Iterable[Job]: ...
     def room(self, header: Header) -> int: ...
+    def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None: ...
     def answers(self, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]: ...
 
 
@@ -49,6 +56,7 @@ class Lease:
     Attributes:
         session_id: what a data stream must show.
         pages: KV pages that it asks for.
+        pulls: of KV from prefill hosts, which end with it.
         reason: why it is over.
     """
 
@@ -57,7 +65,7 @@ class Lease:
     ) -> None:
         self.engine, self.reason = engine, ""
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
-        self.over = threading.Event()
+        self.over, self.pulls = threading.Event(), Pulls()
         self.pages, self._make_session, self._traffic = pages, make_session, traffic
         self._session: Session | None = None
         self._events: queue.SimpleQueue[LeaseEvent | None] = queue.SimpleQueue()
@@ -76,6 +84,7 @@ class Lease:
             self.reason = reason
             self.over.set()
             hang_up = self._hang_up
+        self.pulls.close()
         self._events.put(None)
         if hang_up is not None:
             hang_up()
@@ -94,6 +103,7 @@ class Lease:
         except Exception as error:
             log.debug("lease of %s", self.engine, exc_info=True)
             self.end(f"cannot prepare what the lease asks for: {_first_line(error)}")
+        self.pulls.join()
         with self._changed:
             self._changed.wait_for(lambda: self._hang_up is None)
             self._session = None
@@ -134,6 +144,23 @@ class Lease:
         for header, buffers in session.answers(self._traffic.received(frames)):
             self._traffic.sent(header)
             yield header, buffers
+
+    def pull(self, order: PullOrder, dial: Dial) -> int:
+        """Pull KV into the session's pages; bytes of tensors. See `Pulls.run`.
+
+        Raises:
+            Refused: there is no session.
+        """
+        session = self._session
+        if session is None:
+            raise Refused("the lease is not ready, or over")
+        try:
+            return self.pulls.run(order, session, dial)
+        except (ChannelClosed, ProtocolError, ConfigError):
+            raise
+        except Exception as error:
+            self.end(f"the worker gave up at a pull: {_first_line(error)}")
+            raise
 
     def _progress(self, done: int, total: int) -> None:
         if self.over.is_set():

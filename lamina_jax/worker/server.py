@@ -16,11 +16,13 @@ import lamina_jax
 from lamina_jax.config import AttendConfig, SecurityConfig, address_of, host_and_port
 from lamina_jax.cpu_kernels import use_native
 from lamina_jax.devices import choose_worker_devices
+from lamina_jax.exchange.channel import FRAME_SECONDS
 from lamina_jax.exchange.control import KEEPALIVE
 from lamina_jax.exchange.control_messages import SERVICE, Description
 from lamina_jax.exchange.frames import VERSION
 from lamina_jax.exchange.grpc import MOST_BYTES, stream_options
-from lamina_jax.exchange.security import check_address, read_token, server_tls
+from lamina_jax.exchange.security import check_address, client_tls, read_token, server_tls
+from lamina_jax.exchange.socket import SocketChannel, connect
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
 from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Session
@@ -30,6 +32,10 @@ from lamina_jax.worker.service import PoolService, TokenCheck
 from lamina_jax.worker.sockets import DataListener
 
 MOST_CALLS = 32
+
+PULL_SECONDS = 600.0
+"""How long a pull waits for a prompt whose turn has not come; that the prefill host lives is the engine's
+concern."""
 
 _OPTIONS = (
     *KEEPALIVE,
@@ -57,6 +63,7 @@ class WorkerServer:
         host, port = host_and_port("listen", config.listen)
         check_address(host, security, "listen")
         self._config, self._make_session, self._host = config, make_session, host
+        self._security = security
         self._credentials: grpc.ServerCredentials | None
         ssl_context, self._credentials = server_tls(security) or (None, None)
         self.leases = Leases(self._session)
@@ -101,7 +108,7 @@ class WorkerServer:
             unix_path=self._data.unix_path,
             listen=address_of(self._host, self.port),
         )
-        self._grpc.add_generic_rpc_handlers([PoolService(facts, self.leases).handlers()])
+        self._grpc.add_generic_rpc_handlers([PoolService(facts, self.leases, self._dial).handlers()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -121,6 +128,12 @@ class WorkerServer:
 
     def _session(self, spec: WorkerSpec) -> Session:
         return self._make_session(spec, self._devices[: spec.devices])
+
+    def _dial(self, address: str) -> SocketChannel:
+        """Connect with a prefill host's data listener, as an engine would."""
+        check_address(host_and_port("address", address)[0], self._security, "the prefill host")
+        tls = client_tls(self._security)
+        return connect(address, FRAME_SECONDS, tls[0] if tls else None, idle_seconds=PULL_SECONDS)
 
     def _bind_grpc(self, host: str, port: int) -> int:
         with _naming("listen", host, port):

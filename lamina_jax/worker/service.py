@@ -1,4 +1,4 @@
-"""The gRPC face of a worker: Describe, Lease, and the data stream Exchange. Owns no state."""
+"""The gRPC face of a worker: Describe, Lease, the data stream Exchange, Pull and Drop. Owns no state."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import grpc
 from msgspec.structs import replace
 
 from lamina_jax.config import ConfigError
+from lamina_jax.exchange.channel import ChannelClosed
 from lamina_jax.exchange.control_messages import SERVICE, Description, LeaseEvent, decode_request
 from lamina_jax.exchange.control_messages import encode as encode_message
 from lamina_jax.exchange.frames import ProtocolError
 from lamina_jax.exchange.grpc import encode, serve_stream
+from lamina_jax.exchange.pull import Pulled, decode_drop, decode_order
 from lamina_jax.exchange.security import SESSION_KEY, shows_token
 from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Refused
 from lamina_jax.worker.leases import Leases
+from lamina_jax.worker.pull import Dial
 
 
 class PoolService:
@@ -26,10 +29,11 @@ class PoolService:
 
     Args:
         facts: what does not change of what the worker says of itself.
+        dial: connects with prefill hosts.
     """
 
-    def __init__(self, facts: Description, leases: Leases) -> None:
-        self._facts, self._leases = facts, leases
+    def __init__(self, facts: Description, leases: Leases, dial: Dial) -> None:
+        self._facts, self._leases, self._dial = facts, leases, dial
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For `grpc.Server.add_generic_rpc_handlers`."""
@@ -38,6 +42,8 @@ class PoolService:
             {
                 "Describe": grpc.unary_unary_rpc_method_handler(self.describe, None, encode_message),
                 "Lease": grpc.unary_stream_rpc_method_handler(self.lease, None, encode_message),
+                "Pull": grpc.unary_unary_rpc_method_handler(self.pull, None, encode_message),
+                "Drop": grpc.unary_unary_rpc_method_handler(self.drop),
                 "Exchange": grpc.stream_stream_rpc_method_handler(self.exchange),
             },
         )
@@ -72,6 +78,22 @@ class PoolService:
                     yield encode(header, buffers)
         except (Refused, ProtocolError) as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    def pull(self, data: bytes, context: grpc.ServicerContext) -> Pulled:
+        try:
+            order = decode_order(data)
+            pulled = self._leases.find(order.session_id).pull(order, self._dial)
+        except (ConfigError, Refused, ProtocolError, ChannelClosed) as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return Pulled(pulled)
+
+    def drop(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            order = decode_drop(data)
+            self._leases.find(order.session_id).pulls.drop(order.ticket)
+        except (ConfigError, Refused) as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return b""
 
     def _check_room(self, spec: WorkerSpec) -> None:
         wanted, usable = spec.geometry.num_pages * spec.geometry.bytes_per_page, self._facts.memory_bytes

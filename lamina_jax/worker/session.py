@@ -19,10 +19,12 @@ from lamina_jax.config import ConfigError
 from lamina_jax.cpu_kernels import CpuKernels, use_native
 from lamina_jax.exchange.channel import Frame
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
+from lamina_jax.exchange.pull import PULL_TOKENS, read_stored
 from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.metadata import StepMetadata
 from lamina_jax.pool.shard import AttentionKind, AttentionShard, Bucket, Messages
 from lamina_jax.pool.spec import WorkerSpec
+from lamina_jax.worker.gaps import Gaps
 
 MOST_MICROBATCHES = 16
 """That an engine may have begun; it has n and one of prefill."""
@@ -41,18 +43,29 @@ class _Begun:
 class Session:
     """The share of the KV cache that `spec` describes, on the first `spec.devices` of `devices`.
 
+    Args:
+        gaps: when pulled KV may be written.
+
+    Attributes:
+        geometry: over all of its devices.
+
     Raises:
         ConfigError: too few devices, or heads that they cannot share.
     """
 
     def __init__(
-        self, spec: WorkerSpec, devices: Sequence[jax.Device], cpu_kernels: CpuKernels = "xla"
+        self,
+        spec: WorkerSpec,
+        devices: Sequence[jax.Device],
+        cpu_kernels: CpuKernels = "xla",
+        gaps: Gaps | None = None,
     ) -> None:
         g = spec.geometry
         if len(devices) < spec.devices:
             raise ConfigError(f"{spec.devices} devices are asked for, this worker has {len(devices)}")
         if spec.devices < 1 or g.num_kv_heads % spec.devices:
             raise ConfigError(f"{spec.devices} devices cannot share {g.num_kv_heads} KV heads")
+        self.geometry, self._gaps = g, gaps or Gaps()
         self._spec, self._wire = spec, message_dtype(g.wire_dtype)
         kinds = [AttentionKind(*kind) for kind in zip(spec.scales, spec.softcaps, strict=True)]
         self._shards = [
@@ -80,6 +93,8 @@ class Session:
                 yield from shard.jobs(
                     (rows, queries), spec.pages_per_request, cached=cached, overlap=spec.overlap
                 )
+        if spec.pulls:
+            yield from (shard.stored_job(PULL_TOKENS) for shard in self._shards)
 
     def room(self, header: Header) -> int:
         """The bytes that a frame has, and not one more; see `lamina_jax.exchange.channel.Room`.
@@ -105,27 +120,43 @@ class Session:
         return size
 
     def answers(self, frames: Iterable[Frame]) -> Iterator[Answer]:
-        """Do what the frames say, in order; yields the answer of each query."""
+        """Do what the frames say, in order; yields the answer of each query, and goes on when it is sent."""
         for header, payload in frames:
             received = time.monotonic_ns()
             if header.kind == Kind.BEGIN:
                 self._begin(header, payload)
                 continue
-            begun = self._begun[header.microbatch]
-            parts: list[jax.Array] = []
-            for shard, told, sent in zip(self._shards, begun.told, self._sent(header, payload), strict=True):
-                match header.kind:
-                    case Kind.QUERY:
-                        parts += shard.attend(header.layer, begun.bucket, told, sent)
-                    case Kind.KV:
-                        shard.append(header.layer, begun.bucket, told, sent)
-                    case Kind.QKV:
-                        parts += shard.append_and_attend(header.layer, begun.bucket, told, sent)
-            if header.kind != Kind.KV:
-                messages = [np.asarray(part) for part in parts]
-                length = sum(message.nbytes for message in messages)
-                times = {"received_ns": received, "done_ns": time.monotonic_ns()}
-                yield header._replace(kind=Kind.ANSWER, length=length, **times), messages
+            with self._gaps.frame():
+                messages = self._do(header, payload)
+                if header.kind != Kind.KV:
+                    length = sum(message.nbytes for message in messages)
+                    times = {"received_ns": received, "done_ns": time.monotonic_ns()}
+                    yield header._replace(kind=Kind.ANSWER, length=length, **times), messages
+
+    def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None:
+        """See `lamina_jax.worker.pull.Pages`."""
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(self._shards[0].pages[layer])]
+        leaves = read_stored(payload, self.geometry, dtypes, tokens)
+        heads = self.geometry.num_kv_heads // len(self._shards)
+        for i, shard in enumerate(self._shards):
+            share = [np.ascontiguousarray(leaf[:, :, i * heads : (i + 1) * heads]) for leaf in leaves]
+            stored = tuple([_placed(leaf, shard.device) for leaf in share])
+            with self._gaps.gap():
+                shard.keep_stored(layer, _placed(slots, shard.device), stored)
+
+    def _do(self, header: Header, payload: np.ndarray) -> list[np.ndarray]:
+        """What a frame of a microbatch says; the answer's messages, if there is one."""
+        begun = self._begun[header.microbatch]
+        parts: list[jax.Array] = []
+        for shard, told, sent in zip(self._shards, begun.told, self._sent(header, payload), strict=True):
+            match header.kind:
+                case Kind.QUERY:
+                    parts += shard.attend(header.layer, begun.bucket, told, sent)
+                case Kind.KV:
+                    shard.append(header.layer, begun.bucket, told, sent)
+                case Kind.QKV:
+                    parts += shard.append_and_attend(header.layer, begun.bucket, told, sent)
+        return [np.asarray(part) for part in parts]
 
     def _begin(self, header: Header, payload: np.ndarray) -> None:
         numbers = payload[: header.length].view(np.int32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention.contract import Pages, QuantizedPages
 
-__all__ = ["append_kv"]
+__all__ = ["append_kv", "keep_stored", "read_stored"]
 
 
 def append_kv(
@@ -51,6 +51,20 @@ def append_kv(
     if kv.dtype != pages.dtype:
         raise ValueError(f"k and v are {kv.dtype}, but pages hold {pages.dtype}: convert k and v first")
     return _put(pages, kv, slots)
+
+
+def read_stored(pages: Pages, slots: Int32[Array, "T"]) -> Pages:
+    """What pages hold in some slots, as they hold it: each array as [T, 2, K, ...]."""
+
+    def read(array: Shaped[Array, "P 2 K p *rest"]) -> Shaped[Array, "T 2 K *rest"]:
+        return array[slots // array.shape[3], :, :, slots % array.shape[3]]
+
+    return jax.tree.map(read, pages)
+
+
+def keep_stored(pages: Pages, stored: Pages, slots: Int32[Array, "T"]) -> Pages:
+    """`pages` with what others like them hold (`read_stored`) kept in the given slots; see `append_kv`."""
+    return jax.tree.map(lambda array, new: _put(array, new, slots), pages, stored)
 
 
 def quantize(
