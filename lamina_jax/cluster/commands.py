@@ -27,12 +27,14 @@ class Command:
         argv: the program and its arguments.
         cores: that it is pinned to, such as "0-3"; None: any.
         environment: variables set for it.
+        ends_with_input: to be told to end by the end of its standard input, not by a signal.
     """
 
     role: str
     argv: tuple[str, ...]
     cores: str | None = None
     environment: dict[str, str]
+    ends_with_input: bool = False
 
 
 def commands(cluster: Cluster, python: str = sys.executable, *, by_flags: bool = False) -> list[Command]:

@@ -30,16 +30,26 @@ def describe(cluster: Cluster) -> str:
     """
     # Only now jax and grpc: a file that is wrong in itself is refused at once.
     from lamina_jax.cluster.forecast import forecast
-    from lamina_jax.exchange.security import check_address
 
-    for key, process in cluster.keys().items():
-        if process != cluster.engine or process.followers:
-            check_address(cluster.address(process), cluster.security, f"{cluster.file}: {key}.host")
+    check_reach(cluster)
     shape, notes = _shape(cluster)
     needs = forecast(cluster, shape)
     parts = [_processes(cluster), _commands(cluster), _memory(cluster, needs), _wire(cluster, needs)]
     notes += _notes(cluster)
     return "\n\n".join("\n".join(part) for part in [*parts, notes] if part)
+
+
+def check_reach(cluster: Cluster) -> None:
+    """Refuse a cluster of which a process listens where other machines reach it, unprotected.
+
+    Raises:
+        ConfigError: it names the key of its host.
+    """
+    from lamina_jax.exchange.security import check_address
+
+    for key, process in cluster.keys().items():
+        if process != cluster.engine or process.followers:
+            check_address(cluster.address(process), cluster.security, f"{cluster.file}: {key}.host")
 
 
 def _shape(cluster: Cluster) -> tuple[ModelConfig, list[str]]:

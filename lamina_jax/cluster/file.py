@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import lamina_jax
 from lamina_jax.cluster.claims import check_claims
+from lamina_jax.cluster.places import KubernetesPlace, Places, RayPlace, SlurmPlace, TpuPlace
 from lamina_jax.cluster.processes import (
     Cluster,
     EngineProcess,
@@ -43,6 +44,8 @@ ELSEWHERE = {
 }
 """Settings that a process gets, but from another place of the file."""
 
+PLACES = {"kubernetes": KubernetesPlace, "slurm": SlurmPlace, "tpu": TpuPlace, "ray": RayPlace}
+
 Kind = TypeVar("Kind", bound=Process)
 
 
@@ -70,14 +73,15 @@ def read_cluster(path: Path) -> Cluster:
         ConfigError: it names the file, the key's path, and what is wrong with it.
     """
     top = read_file(path)
-    top.only("hosts", "security", "engine", "workers", "prefill")
+    top.only("hosts", "security", "engine", "workers", "prefill", *PLACES)
     hosts = top.part("hosts").strings()
     workers = tuple(_worker(table, hosts) for table in top.parts("workers"))
     if not workers:
         raise top.error("workers", "missing: describe at least one under [[workers]]")
     engine = _engine(top.part("engine"), hosts, workers, _security(top.part("security")))
     prefill = tuple(_process(table, PrefillProcess, hosts) for table in top.parts("prefill"))
-    cluster = Cluster(file=path, hosts=hosts, engine=engine, workers=workers, prefill=prefill)
+    places = Places(**{name: top.part(name).read(kind) for name, kind in PLACES.items()})
+    cluster = Cluster(file=path, hosts=hosts, engine=engine, workers=workers, prefill=prefill, places=places)
     check_claims(cluster)
     return cluster.connected()
 

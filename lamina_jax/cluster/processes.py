@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lamina_jax.cluster.places import Places
 from lamina_jax.config import AttendConfig, EngineConfig, SecurityConfig, ServerConfig, address_of
 
 
@@ -88,6 +89,7 @@ class Cluster:
         engine: its `settings` hold the security of all processes, too.
         workers: in the order of their shares.
         prefill: hosts that prefill prompts in the engine's place.
+        places: what the file says of places that have hosts of their own.
     """
 
     file: Path
@@ -95,6 +97,7 @@ class Cluster:
     engine: EngineProcess
     workers: tuple[WorkerProcess, ...]
     prefill: tuple[PrefillProcess, ...] = ()
+    places: Places = field(default_factory=Places)
 
     @property
     def security(self) -> SecurityConfig:
@@ -104,6 +107,12 @@ class Cluster:
     def compute(self) -> tuple[EngineProcess | FollowerProcess, ...]:
         """The compute hosts: the engine is number 0."""
         return (self.engine, *self.engine.followers)
+
+    @property
+    def drain_seconds(self) -> float:
+        """For how long a process may let what it is doing end."""
+        workers = (worker.settings.drain_seconds for worker in self.workers)
+        return max(self.engine.server.drain_seconds, *workers)
 
     def roles(self) -> dict[str, AnyProcess]:
         """Each process by its role: "engine", "follower 1", ..., "worker 0", ..., "prefill 0", ..."""

@@ -25,7 +25,8 @@ LAST_WORDS_SECONDS = 1.0
 def run_together(commands: Sequence[Command], grace_seconds: float, out: TextIO = sys.stdout) -> int:
     """Run all commands until one of them ends, or a signal comes; then end the others.
 
-    They get SIGTERM, after `grace_seconds` or at a second signal SIGKILL; and SIGKILL if this process dies.
+    They get SIGTERM, or the end of their standard input; after `grace_seconds` or at a second signal SIGKILL;
+    and SIGKILL if this process dies.
     What they print goes to `out` line by line, behind the name of the role.
 
     Returns:
@@ -97,7 +98,10 @@ class _Together:
     async def _end(self, lives: Sequence[asyncio.Task[None]]) -> None:
         for process in self._processes.values():
             with suppress(ProcessLookupError):
-                process.terminate()
+                if process.stdin is None:
+                    process.terminate()
+                else:
+                    process.stdin.close()
         hurry = asyncio.create_task(self._hurry.wait())
         ended = asyncio.create_task(asyncio.wait(lives))
         await asyncio.wait({hurry, ended}, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +134,7 @@ async def _start(command: Command) -> Process:
         *pinned,
         "--",
         *command.argv,
-        stdin=DEVNULL,
+        stdin=PIPE if command.ends_with_input else DEVNULL,
         stdout=PIPE,
         stderr=STDOUT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | command.environment,
