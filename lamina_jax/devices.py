@@ -1,7 +1,7 @@
 """Which devices form the compute mesh and which the memory mesh.
 
-A choice is written "platform:indices", as in "cpu:0", "gpu:0,1" or "tpu:0-3". This module asks JAX
-for devices, and knows nothing of models but their number of KV heads.
+A choice is written "platform:indices", as in "cpu:0", "gpu:0,1" or "tpu:0-3"; devices are
+those of this host. This module asks JAX for them, and knows nothing of models but their number of KV heads.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def choose_devices(
     highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
     # With no memory_devices named, they come behind those that compute.
     _make_cpu_devices(highest + 1 if memory else max(1, highest + 1) + workers)
-    found_compute = _parse("compute_devices", compute) if compute else tuple(jax.devices()[:1])
+    found_compute = _parse("compute_devices", compute) if compute else tuple(jax.local_devices()[:1])
     if not disaggregated:
         if memory:
             raise ConfigError("memory_devices is for placement=disaggregated: a collocated engine has none")
@@ -76,11 +76,11 @@ def choose_worker_devices(choice: str | None) -> tuple[jax.Device, ...]:
         ConfigError: a device that does not exist.
     """
     _make_cpu_devices(_highest_cpu("devices", choice) + 1 if choice else num_cores())
-    return _parse("devices", choice) if choice else tuple(jax.devices())
+    return _parse("devices", choice) if choice else tuple(jax.local_devices())
 
 
 def _default_memory(compute: tuple[jax.Device, ...], workers: int) -> tuple[jax.Device, ...]:
-    others = [device for device in jax.devices() if device not in compute]
+    others = [device for device in jax.local_devices() if device not in compute]
     if not others:
         log.warning("one device only (%s): it holds the KV cache too", compute[0])
         return compute[:1]
@@ -114,10 +114,11 @@ def _highest_cpu(key: str, choice: str | None) -> int:
 def _parse(key: str, choice: str) -> tuple[jax.Device, ...]:
     platform, _, rest = choice.partition(":")
     try:
-        devices = jax.devices(platform)
+        devices = jax.local_devices(backend=platform)
     except RuntimeError:
         raise ConfigError(
-            f"{key}={choice!r}: this machine has no {platform!r} devices; it has {_summary(jax.devices())}"
+            f"{key}={choice!r}: this machine has no {platform!r} devices; it has "
+            f"{_summary(jax.local_devices())}"
         ) from None
     named = _indices(key, choice, rest) if rest else range(len(devices))
     missing = [i for i in named if i >= len(devices)]

@@ -64,7 +64,7 @@ class Split:
         return jobs + self._memory.probe(self._plan)
 
     def shares(self, weights: int) -> list[Share]:
-        devices, needs = list(self._plan.mesh.devices.flat), self._compute.footprint
+        devices, needs = self._plan.mesh.local_devices, self._compute.footprint
         shares = shares_of(devices, needs, weights=weights, limits=self._plan.limits, ahead=MOST_QUEUED)
         return shares + self._memory.shares(self._plan)
 

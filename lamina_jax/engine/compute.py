@@ -22,6 +22,7 @@ from lamina_jax.engine.buckets import SMALLEST_BATCH, Bucket, padded_rows
 from lamina_jax.engine.programs import Arrays, Form, Inputs, QueryOutputs, Shape, SliceOutputs
 from lamina_jax.engine.sampler import PROMPT_ROWS, Chosen, Sampler, prompt_blocks
 from lamina_jax.engine.sampling import Logprobs
+from lamina_jax.engine.world import placed
 from lamina_jax.native_products import with_native_products
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_shape
@@ -105,7 +106,7 @@ class ComputeSide:
             padded_rows(plan.logits_at),
             plan.feedback,
         )
-        tokens, positions, logits_at, feedback = jax.device_put(host, self.place)
+        tokens, positions, logits_at, feedback = placed(host, self.place)
         if plan.kind == "decode":
             self._queued += 1
             tokens = self._compilations["feed", plan.bucket](last, feedback, tokens)
@@ -127,17 +128,17 @@ class ComputeSide:
         program, found = self._prompts[plan.bucket, plan.cached], []
         for places, targets in prompt_blocks(plan):
             self._queued += 1
-            logits = program((*step[:2], jax.device_put(places, self.place)), **inputs)
+            logits = program((*step[:2], placed(places, self.place)), **inputs)
             found.append(self._sampler.prompt_logprobs(logits, targets))
         return found
 
     @cached_property
     def _windows(self) -> list[jax.Array]:
-        return [jax.device_put(np.int32(window), self.place) for window in self._window_sizes]
+        return [placed(np.int32(window), self.place) for window in self._window_sizes]
 
     def no_tokens(self) -> jax.Array:
         """`last` of a microbatch that has sampled nothing yet."""
-        return jax.device_put(np.zeros(self._rows, np.int32), self.place)
+        return placed(np.zeros(self._rows, np.int32), self.place)
 
     @property
     def footprint(self) -> Footprint:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lamina_jax.engine.world import placed
 from lamina_jax.weights.loader import TensorSpec
 
 TENSOR_AXES = {"vocab", "mlp", "heads", "kv_heads"}
@@ -24,7 +25,7 @@ def place_weight(
     """A tensor on `mesh`: cut along its axis of `TENSOR_AXES` where that divides evenly, else whole on
     every device. Each KV head of k's and v's projections is repeated `copies` times."""
     array = repeat_heads(array, spec.axes, head_dim, copies)
-    return jax.device_put(array, _sharding(spec.axes, array.shape, mesh))
+    return placed(array, _sharding(spec.axes, array.shape, mesh))
 
 
 def describe_weight(spec: TensorSpec, *, mesh: Mesh, copies: int = 1) -> jax.ShapeDtypeStruct:

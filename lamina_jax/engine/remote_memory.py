@@ -26,6 +26,7 @@ from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
 from lamina_jax.exchange.trace import write_trace
+from lamina_jax.pool.shares import HeadShare, host_shares, host_table
 from lamina_jax.pool.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,15 @@ TRY_SECONDS = 1.5
 class RemoteMemory:
     """The workers that `config.attention` names; waits until they are up. See `MemorySide`.
 
+    Of several compute hosts each leases the workers' devices that hold heads of its own.
+
+    Args:
+        host, hosts: which compute host this is, of how many.
+
+    Attributes:
+        group: of the leases of all compute hosts; to be set before `open`, where there are several.
+        on_lost: told why, in a thread of gRPC, when a worker is lost.
+
     Raises:
         ConfigError: workers that cannot be used, or not together.
     """
@@ -51,7 +61,11 @@ class RemoteMemory:
         report: Callable[[str, int, int], None],
         *,
         num_kv_heads: int,
+        host: int = 0,
+        hosts: int = 1,
     ) -> None:
+        self.group, self._host, self._hosts = "", host, hosts
+        self.on_lost: Callable[[str], None] = lambda reason: None
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
@@ -80,24 +94,18 @@ class RemoteMemory:
         return [(self._room, Needs(page=page))]
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
-        table, geometry = plan.table, plan.geometry
-        spec = WorkerSpec(
-            geometry=geometry.share(table.workers // self.devices),
-            devices=self.devices,
-            windows=tuple(plan.windows),
-            scales=tuple(kind.scale for kind in plan.kinds),
-            softcaps=tuple(kind.softcap for kind in plan.kinds),
-            buckets=tuple((*bucket, cached) for bucket, cached in plan.buckets()),
-            pages_per_request=plan.pages_per_request,
-            overlap=plan.limits.overlap,
-            pieces=table.per_worker,
-            copies=table.copies,
-            by_token=plan.partition.kind == "tokens",
-        )
+        geometry = plan.geometry
+        shares = host_shares(plan.table, self.devices, self._host, self._hosts)
+        parts = range(0, len(self._clients), len(self._clients) // plan.partition.workers)
+        self._specs = [
+            (self._clients[part + share.worker], self._spec(plan, share))
+            for part in parts
+            for share in shares
+        ]
         self.timings = self._new_timings(geometry.num_layers)
         exchange = RemoteExchange(
-            self.devices,
-            table,
+            shares,
+            host_table(plan.table, self._host, self._hosts),
             plan.mesh,
             plan.partition,
             wire_dtype=geometry.wire_dtype,
@@ -105,9 +113,27 @@ class RemoteMemory:
             timings=self.timings,
         )
         self._exchange = exchange
-        self._start = partial(_Taking, spec=spec, kind=self._config.exchange, timed=self.timings is not None)
-        self._taking = [self._start(client) for client in self._clients]
+        timed = self.timings is not None
+        self._start = partial(_Taking, kind=self._config.exchange, timed=timed, group=self.group)
+        self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
+
+    def _spec(self, plan: CachePlan, share: HeadShare) -> WorkerSpec:
+        """What a worker is asked for."""
+        return WorkerSpec(
+            geometry=share.of(plan.geometry),
+            first_device=share.first_device,
+            devices=share.devices,
+            windows=tuple(plan.windows),
+            scales=tuple(kind.scale for kind in plan.kinds),
+            softcaps=tuple(kind.softcap for kind in plan.kinds),
+            buckets=tuple((*bucket, cached) for bucket, cached in plan.buckets()),
+            pages_per_request=plan.pages_per_request,
+            overlap=plan.limits.overlap,
+            pieces=len(share.pieces) // share.devices,
+            copies=plan.table.copies,
+            by_token=plan.partition.kind == "tokens",
+        )
 
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
         runner = RemoteRunner(compute, exchange, overlap=overlap, memory=self)
@@ -130,13 +156,13 @@ class RemoteMemory:
             self._exchange.close()
             for taking in self._taking:
                 taking.release()
-            self._taking = [self._start(client) for client in self._clients]
+            self._taking = [self._start(*pair) for pair in self._specs]
         until = time.monotonic() + TRY_SECONDS
         for taking in self._taking:
             taking.join(max(0.0, until - time.monotonic()))
         for i, taking in enumerate(self._taking):
             if taking.error is not None:
-                self._taking[i] = self._start(taking.client)  # for the next try
+                self._taking[i] = self._start(*self._specs[i])  # for the next try
                 raise WorkerLost(taking.client.address, taking.error.reason)
         if any(taking.is_alive() for taking in self._taking):
             return False
@@ -147,7 +173,7 @@ class RemoteMemory:
         config = self._config
         if not config.timings and config.trace is None:
             return None
-        timings = Timings(layers, [client.address for client in self._clients])
+        timings = Timings(layers, [client.address for client, _ in self._specs])
         if config.trace is not None:
             try:
                 write_trace(config.trace, timings)  # of nothing yet; to find out whether it can be written
@@ -174,6 +200,10 @@ class RemoteMemory:
         self._exchange.attach([taking.worker for taking in self._taking])
         for taking in self._taking:
             taking.lease.on_lost(taking.worker.lose)
+            taking.lease.on_lost(partial(self._lost, taking.client.address))
+
+    def _lost(self, address: str, reason: str) -> None:
+        self.on_lost(f"attention worker {address}: {reason}")
 
 
 def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
@@ -203,9 +233,9 @@ class _Taking(threading.Thread):
     lease: Lease
     worker: Worker
 
-    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str, timed: bool) -> None:
+    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str, timed: bool, group: str) -> None:
         super().__init__(name=f"lease {client.address}", daemon=True)
-        self.client, self._spec, self._kind, self._timed = client, spec, kind, timed
+        self.client, self._spec, self._kind, self._timed, self._group = client, spec, kind, timed, group
         self.error: WorkerError | None = None
         self.compiled = 0, 0
         self.start()
@@ -215,7 +245,7 @@ class _Taking(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.lease = self.client.lease(self._spec, self._note)
+            self.lease = self.client.lease(self._spec, self._note, group=self._group)
             channel = open_channel(self.client, self.lease, self._kind)
             offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
             self.worker = Worker(self.client.address, channel, offset)

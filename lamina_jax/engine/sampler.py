@@ -18,6 +18,7 @@ from lamina_jax.compilation import Compilation, Job
 from lamina_jax.core import LogitEdits, MicrobatchPlan, Sampled, SamplingRows, TokenLogprobs
 from lamina_jax.engine import sampling
 from lamina_jax.engine.sampling_rows import MAX_BIASED, history_sizes
+from lamina_jax.engine.world import placed
 
 PROMPT_ROWS = 64
 """Places of a prompt whose logits are looked at together."""
@@ -48,7 +49,7 @@ class Sampler:
         device = next(iter(place.device_set))
         self._on_cpu = isinstance(device, jax.Device) and device.platform == "cpu"
         self._programs: dict[tuple[str, int, int], Compilation] = {}
-        self._nothing_fed = cache(lambda size: jax.device_put(np.full(size, -1, np.int32), place))
+        self._nothing_fed = cache(lambda size: placed(np.full(size, -1, np.int32), place))
         self.programs_queued = 0
 
     @property
@@ -68,7 +69,7 @@ class Sampler:
             return Chosen(self._run("greedy", rows, logits), None)
         names = ("temperature", "top_k", "top_p", "min_p", "uniform")
         host = _arrays(wanted, names, rows), _arrays(wanted.edits, LogitEdits.__annotations__, rows)
-        settings, edits = jax.device_put(host, self._place)
+        settings, edits = placed(host, self._place)
         edited = logits
         if edits:
             fed = fed if plan.kind == "decode" else self._nothing_fed(rows)
@@ -78,7 +79,7 @@ class Sampler:
 
     def prompt_logprobs(self, logits: jax.Array, targets: np.ndarray) -> sampling.Logprobs:
         """Queue the log-probabilities of int32[PROMPT_ROWS] prompt tokens under logits [PROMPT_ROWS, V]."""
-        return self._run("prompt", PROMPT_ROWS, logits, jax.device_put(targets, self._place))
+        return self._run("prompt", PROMPT_ROWS, logits, placed(targets, self._place))
 
     def jobs(self, rows: int, vocab: int) -> Iterator[Job]:
         """What compiles the programs for logits f32[rows, V]."""

@@ -123,8 +123,10 @@ class WorkerClient:
         self._check_version(found)
         return found
 
-    def lease(self, spec: WorkerSpec, report: Report = lambda phase, done, total: None) -> Lease:
-        """Make the worker this engine's; returns when its programs are compiled.
+    def lease(
+        self, spec: WorkerSpec, report: Report = lambda phase, done, total: None, *, group: str = ""
+    ) -> Lease:
+        """Make the worker this engine's, or its group's; returns when its programs are compiled.
 
         Raises:
             WorkerError: it is another engine's, has no room for `spec`, or is lost meanwhile.
@@ -132,7 +134,7 @@ class WorkerClient:
         self.describe()
         call = self._channel.unary_stream(f"/{SERVICE}/Lease", encode, decode_event)
         engine = f"{socket.gethostname()}, process {os.getpid()}"
-        stream = call(LeaseRequest(engine, spec), metadata=self.metadata)
+        stream = call(LeaseRequest(engine, spec, group), metadata=self.metadata)
         limit = threading.Timer(PREPARE_SECONDS, stream.cancel)
         limit.daemon = True
         limit.start()

@@ -24,6 +24,7 @@ CONTROL_BYTES = 1 << 20
 """No message of the control plane is larger."""
 
 _MOST_LAYERS, _MOST_BUCKETS, _MOST_TOKENS = 1024, 256, 1 << 20
+_MOST_GROUP = 64
 
 
 class Description(Struct, frozen=True, kw_only=True):
@@ -57,10 +58,12 @@ class Description(Struct, frozen=True, kw_only=True):
 
 
 class LeaseRequest(Struct, frozen=True):
-    """`engine`: who asks, for the eyes of others."""
+    """`engine`: who asks, for the eyes of others; `group`: of engines that share the worker, all others are
+    refused while one of them has it. Empty: it shares with nobody."""
 
     engine: str
     spec: WorkerSpec
+    group: str = ""
 
 
 class Progress(Struct, frozen=True, tag=True):
@@ -94,6 +97,7 @@ def decode_request(data: bytes) -> LeaseRequest:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"no request for a lease: {error}") from None
     _check_spec(request.spec)
+    _check(len(request.group) <= _MOST_GROUP, "group", request.group)
     return request
 
 
@@ -103,7 +107,7 @@ def _check_spec(spec: WorkerSpec) -> None:
         if name.endswith("dtype"):
             _check(value in (KV_BYTES if name == "dtype" else ("float32", "bfloat16")), name, value)
         elif type(value) is int:
-            _check(0 < value < 1 << 32, name, value)
+            _check((name != "first_device") <= value < 1 << 32, name, value)
     for name in ("windows", "scales", "softcaps"):
         _check(len(getattr(spec, name)) == g.num_layers <= _MOST_LAYERS, name, getattr(spec, name))
     _check(all(0 < window < 1 << 31 for window in spec.windows), "windows", spec.windows)

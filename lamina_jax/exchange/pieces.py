@@ -25,17 +25,19 @@ def messages_of(
     those that are sent."""
     count, first = table.per_shard, segment * table.per_shard
     wanted = [j for j in pieces if table.pieces[j].sends_kv or not kv_alone]
-    if table.shards == 1:
+    if table.shards == 1 and arrays[0].is_fully_addressable:
         return [arrays[first + j] for j in wanted]
     return [arrays[first + j % count].addressable_data(j // count) for j in wanted]
 
 
 def arrays_of(messages: Sequence[Any], table: HeadTable, sharding: Sharding) -> tuple[Any, ...]:
     """The inverse, for flat messages [size], each on its shard's device (on the host, where t = 1 and that
-    is the same memory): of every c messages c / t arrays [t size]."""
-    if table.shards == 1:
+    is the same memory): of every c messages c / t arrays [t size]. Over several hosts, `table` and the
+    messages are this host's, the arrays of all of them."""
+    shards = len(sharding.device_set)
+    if shards == 1:
         return tuple(messages)
-    shape, pieces, count = (table.shards * messages[0].size,), len(table.pieces), table.per_shard
+    shape, pieces, count = (shards * messages[0].size,), len(table.pieces), table.per_shard
     return tuple(
         jax.make_array_from_single_device_arrays(
             shape, sharding, list(messages[start + i : start + pieces : count])

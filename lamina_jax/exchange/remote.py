@@ -26,6 +26,7 @@ from lamina_jax.exchange.timings import Stamps, Timings
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.partition import Partition, Told
+from lamina_jax.pool.shares import HeadShare
 
 MOST_REASON_BYTES = 4096
 """Of the text in which a worker says why it gives up."""
@@ -117,8 +118,8 @@ class RemoteExchange:
     """Between `mesh`, the compute mesh, and workers; see `lamina_jax.exchange.base.Exchange`.
 
     Args:
-        devices: of each worker; so many of the table's workers in a row are one process.
-        table: which heads the compute mesh exchanges with each device of a part.
+        shares: what is exchanged with each worker of a part of the cache.
+        table: which heads this host's devices of the compute mesh exchange with each device of a part.
         partition: how the parts share the cache.
         wire_dtype, head_dim: of what is exchanged.
         timings: what the times of it are noted in; None: nothing is.
@@ -126,7 +127,7 @@ class RemoteExchange:
 
     def __init__(
         self,
-        devices: int,
+        shares: Sequence[HeadShare],
         table: HeadTable,
         mesh: Mesh,
         partition: Partition,
@@ -139,13 +140,10 @@ class RemoteExchange:
         self.table, self.partition, self.timings = table, partition, timings
         self.joined = NamedSharding(mesh, P(*mesh.axis_names))
         self.message_dtype = message_dtype(wire_dtype)
-        self._heads, self._head_dim = table.pieces[0].q_stop, head_dim
-        self._compute = list(mesh.devices.flat)
-        self.in_place = len(self._compute) == 1 and self._compute[0].platform == "cpu"
-        self._pieces = [
-            range(i, i + devices * table.per_worker)
-            for i in range(0, len(table.pieces), devices * table.per_worker)
-        ]
+        self._heads, self._head_dim = table.pieces[0].q_stop - table.pieces[0].q_start, head_dim
+        self._compute = mesh.local_devices
+        self.in_place = mesh.size == 1 and self._compute[0].platform == "cpu"
+        self._pieces = [share.pieces for share in shares]
         self.wire, self.programs_queued = WireCount(), 0
         self._sender, self._steps = Sender(), 0
 

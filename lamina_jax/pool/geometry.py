@@ -118,7 +118,7 @@ class HeadTable:
     @property
     def copies(self) -> int:
         """Compute shards that hold the same KV head: more than one where they outnumber the KV heads."""
-        return sum(piece.kv_start == 0 for piece in self.pieces)
+        return sum(piece.kv_start == self.pieces[0].kv_start for piece in self.pieces)
 
     def of_worker(self, worker: int) -> range:
         """The indices of a worker's pieces."""

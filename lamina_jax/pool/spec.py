@@ -9,11 +9,11 @@ from lamina_jax.pool.geometry import CacheGeometry
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """A worker's share of the KV cache, and the static shapes of what it will be sent.
+    """A share of the KV cache that a worker holds, and the static shapes of what it will be sent.
 
     Attributes:
         geometry: of this worker's share, over all of its devices.
-        devices: on how many devices it lies, cut by KV head.
+        first_device, devices: on how many devices of the worker in a row it lies, cut by KV head.
         windows, scales, softcaps: of each layer's attention.
         buckets: (B, Q, cached): rows and new tokens of a microbatch as they come to this worker, and
             whether they come with a cached part.
@@ -37,3 +37,4 @@ class WorkerSpec:
     copies: int
     by_token: bool
     pulls: bool = False
+    first_device: int = 0

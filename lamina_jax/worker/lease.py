@@ -55,18 +55,26 @@ class Lease:
 
     Attributes:
         session_id: what a data stream must show.
-        pages: KV pages that it asks for.
+        pages, page_bytes: KV pages that it asks for, and what all of them fill.
+        group: of the engines that share the worker with this one.
         pulls: of KV from prefill hosts, which end with it.
         reason: why it is over.
     """
 
     def __init__(
-        self, engine: str, make_session: Callable[[], Session], pages: int, traffic: Traffic
+        self,
+        engine: str,
+        make_session: Callable[[], Session],
+        geometry: CacheGeometry,
+        traffic: Traffic,
+        group: str = "",
     ) -> None:
-        self.engine, self.reason = engine, ""
+        self.engine, self.group, self.reason = engine, group, ""
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self.over, self.pulls = threading.Event(), Pulls()
-        self.pages, self._make_session, self._traffic = pages, make_session, traffic
+        self.pages = geometry.num_pages
+        self.page_bytes = geometry.num_pages * geometry.bytes_per_page
+        self._make_session, self._traffic = make_session, traffic
         self._session: Session | None = None
         self._events: queue.SimpleQueue[LeaseEvent | None] = queue.SimpleQueue()
         self._changed = threading.Condition()

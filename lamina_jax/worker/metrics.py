@@ -23,10 +23,10 @@ class WorkerMetrics(Collector):
         self._leases, self._unused_memory = leases, unused_memory
 
     def collect(self) -> Iterator[Metric]:
-        lease, traffic = self._leases.lease, self._leases.traffic
-        yield _gauge("lease_held", "Whether an engine has the worker.", lease is not None)
+        held, traffic = self._leases.held, self._leases.traffic
+        yield _gauge("lease_held", "Whether an engine has the worker.", bool(held))
         yield _gauge("memory_free_bytes", "Free memory of its devices.", self._unused_memory())
-        yield _gauge("pages", "KV pages that it holds for the engine.", lease.pages if lease else 0)
+        yield _gauge("pages", "KV pages that it holds for the engine.", held[0].pages if held else 0)
         for unit in ("frames", "bytes"):
             text = f"{unit.capitalize()} of the data stream since the worker started, headers included."
             counter = CounterMetricFamily(f"lamina_worker_{unit}", text, labels=["direction"])

@@ -31,7 +31,8 @@ from lamina_jax.worker.metrics import WorkerMetrics
 from lamina_jax.worker.service import PoolService, TokenCheck
 from lamina_jax.worker.sockets import DataListener
 
-MOST_CALLS = 32
+MOST_CALLS = 128
+"""Two of each lease, whose threads only wait."""
 
 PULL_SECONDS = 600.0
 """How long a pull waits for a prompt whose turn has not come; that the prefill host lives is the engine's
@@ -127,7 +128,7 @@ class WorkerServer:
         self._grpc.stop(grace=0.2).wait(2.0)
 
     def _session(self, spec: WorkerSpec) -> Session:
-        return self._make_session(spec, self._devices[: spec.devices])
+        return self._make_session(spec, self._devices[spec.first_device : spec.first_device + spec.devices])
 
     def _dial(self, address: str) -> SocketChannel:
         """Connect with a prefill host's data listener, as an engine would."""

@@ -49,19 +49,17 @@ class PoolService:
         )
 
     def describe(self, _: bytes, context: grpc.ServicerContext) -> Description:
-        lease = self._leases.lease
-        held_by = "" if lease is None else lease.engine
+        held_by = ", ".join(lease.engine for lease in self._leases.held)
         return replace(self._facts, held_by=held_by, clock_ns=time.monotonic_ns())
 
     def lease(self, data: bytes, context: grpc.ServicerContext) -> Iterator[LeaseEvent]:
         try:
             request = decode_request(data)
-            self._check_room(request.spec)
+            self._check_devices(request.spec)
+            engine = f"{request.engine or 'unnamed'} at {unquote(context.peer())}"
+            lease = self._leases.take(engine, request.spec, self._facts.memory_bytes, request.group)
         except ConfigError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        try:
-            engine = f"{request.engine or 'unnamed'} at {unquote(context.peer())}"
-            lease = self._leases.take(engine, request.spec)
         except Refused as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         if not context.add_callback(lambda: lease.end("the engine has left, or is silent")):
@@ -95,15 +93,10 @@ class PoolService:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return b""
 
-    def _check_room(self, spec: WorkerSpec) -> None:
-        wanted, usable = spec.geometry.num_pages * spec.geometry.bytes_per_page, self._facts.memory_bytes
-        if wanted > usable:
-            raise ConfigError(
-                f"{spec.geometry.num_pages} KV pages need {wanted / 2**20:,.0f} MiB, and it may use "
-                f"{usable / 2**20:,.0f} MiB: ask for fewer with num_pages, or raise its --memory-fraction"
-            )
-        if spec.devices > self._facts.devices:
-            raise ConfigError(f"{spec.devices} devices are asked for, and it has {self._facts.devices}")
+    def _check_devices(self, spec: WorkerSpec) -> None:
+        wanted = spec.first_device + spec.devices
+        if wanted > self._facts.devices:
+            raise ConfigError(f"{wanted} devices are asked for, and it has {self._facts.devices}")
 
 
 class TokenCheck(grpc.ServerInterceptor):

@@ -52,6 +52,7 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
         "pieces": draw(COUNT),
         "copies": draw(COUNT),
         "by_token": draw(st.booleans()),
+        "first_device": draw(st.integers(0, 64)),
     }
     return spec, geometry
 
@@ -59,7 +60,8 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
 @given(fields())
 def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
     spec = WorkerSpec(**drawn[0], geometry=CacheGeometry(**drawn[1]))
-    assert decode_request(encode(LeaseRequest("me", spec))) == LeaseRequest("me", spec)
+    request = LeaseRequest("me", spec, "ours")
+    assert decode_request(encode(request)) == request
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
         (spec(num_heads=3), "num_heads=3"),
         (replace(SPEC, devices=3), "devices=3"),
         (replace(SPEC, pieces=0), "pieces=0"),
+        (replace(SPEC, first_device=-1), "first_device=-1"),
         (replace(SPEC, windows=(0, 16)), r"windows=\(0, 16\)"),
         (replace(SPEC, softcaps=(None,)), r"softcaps=\(None,\)"),
         (replace(SPEC, buckets=((0, 1, True),)), r"buckets=\(0, 1\)"),
@@ -83,6 +86,11 @@ def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
 def test_a_wrong_field_is_named(wrong: WorkerSpec, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         decode_request(encode(LeaseRequest("me", wrong)))
+
+
+def test_a_group_has_a_longest_name() -> None:
+    with pytest.raises(ConfigError, match="group=xxx"):
+        decode_request(encode(LeaseRequest("me", SPEC, 65 * "x")))
 
 
 def test_a_wrong_type_is_named() -> None:

@@ -157,6 +157,34 @@ def test_another_engine_is_told_who_holds_the_worker(start_worker: StartWorker) 
     assert lease.lost is None
 
 
+def test_hosts_of_one_group_share_the_worker(start_worker: StartWorker) -> None:
+    server, client = start_worker()
+    leases = [client.lease(replace(SPEC, first_device=device), group="one") for device in (0, 1)]
+    channels = [data_channel(client, lease.session_id) for lease in leases]
+    assert [echo(channel, text) for channel, text in zip(channels, (b"1", b"2"), strict=True)] == [b"1", b"2"]
+    assert len({tuple(session.devices) for session in EchoSession.alive}) == 2
+    for group in ("another", ""):
+        with pytest.raises(WorkerError, match="held by another engine"):
+            client.lease(SPEC, group=group)
+    channels[0].close()
+    assert until(lambda: leases[0].lost is not None and len(server.leases.held) == 1)
+    assert echo(channels[1], b"3") == b"3"
+    leases[1].close()
+    assert free(server)
+
+
+def test_pages_are_counted_over_all_leases_of_a_group(start_worker: StartWorker) -> None:
+    server, client = start_worker(memory_fraction=0.01)
+    most = client.describe().memory_bytes // SPEC.geometry.bytes_per_page
+    wanted = spec(num_pages=most // 2 + 1)
+    lease = client.lease(wanted, group="one")
+    with pytest.raises(WorkerError, match="of which other hosts of this engine have"):
+        client.lease(wanted, group="one")
+    lease.close()
+    assert free(server)
+    client.lease(wanted, group="one")
+
+
 def test_one_of_many_engines_gets_the_worker(start_worker: StartWorker) -> None:
     _, client = start_worker()
 

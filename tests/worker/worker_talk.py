@@ -28,7 +28,7 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 def free(server: WorkerServer) -> bool:
-    return until(lambda: server.leases.lease is None)
+    return until(lambda: not server.leases.held)
 
 
 def room(header: Header) -> int:
