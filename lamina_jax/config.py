@@ -245,7 +245,7 @@ class AttendConfig:
         listen: the address of its gRPC server, "host:port".
         devices: "cpu:0-1", "gpu:0", ...; None takes all accelerators, or a virtual CPU device per core, of
             which native kernels need but one.
-        memory_fraction: share of the devices' memory that the KV cache may fill; None takes 0.9 of an
+        memory_fraction: share of the devices' memory that pages and programs may fill; None takes 0.9 of an
             accelerator and 0.4 of a host's free memory.
         data_port: of the socket listener, on the same host; 0 takes any free one, and engines are told.
         metrics_port: of Prometheus' page, /metrics, on 127.0.0.1; None offers none.

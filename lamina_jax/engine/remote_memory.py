@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lamina_jax.compilation import Job
+from lamina_jax.compilation import Footprint, Job
 from lamina_jax.config import ConfigError, EngineConfig, is_loopback
 from lamina_jax.core import Sampled, StepPlan, WorkerLost
 from lamina_jax.devices import Devices
@@ -82,29 +82,30 @@ class RemoteMemory:
         ]
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
-        # What a worker may fill; what its programs need besides comes from what it leaves free.
+        self._needs = Footprint(0, 0)
         self._room = "each worker" if self.workers > 1 else "the worker"
         self.rooms = {self._room: Room(min(d.memory_bytes for d in found), 1.0)}
 
     def probe(self, plan: CachePlan) -> list[Job]:
-        return []
+        specs = {client.address: (client, spec) for client, spec in self._specs_of(plan)}
+        return [(f"attention worker {name}", partial(self._measure, *pair)) for name, pair in specs.items()]
 
     def shares(self, plan: CachePlan) -> list[Share]:
-        page = plan.geometry.share(plan.table.workers).bytes_per_page * self.devices
-        return [(self._room, Needs(page=page))]
+        page = plan.geometry.share(plan.table.workers).bytes_per_page
+        # A worker runs one program of a lease at a time; of each host there may be one.
+        each = Needs(0, self._hosts * self._needs.temporaries, self._hosts * self._needs.results, page)
+        return [(self._room, Needs(*(self.devices * size for size in each)))]
+
+    def _measure(self, client: WorkerClient, spec: WorkerSpec) -> None:
+        """The most that any worker's programs need counts for all of them."""
+        self._needs = Footprint(*map(max, zip(self._needs, client.measure(spec), strict=True)))
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         geometry = plan.geometry
-        shares = host_shares(plan.table, self.devices, self._host, self._hosts)
-        parts = range(0, len(self._clients), len(self._clients) // plan.partition.workers)
-        self._specs = [
-            (self._clients[part + share.worker], self._spec(plan, share))
-            for part in parts
-            for share in shares
-        ]
+        self._specs = self._specs_of(plan)
         self.timings = self._new_timings(geometry.num_layers)
         exchange = RemoteExchange(
-            shares,
+            host_shares(plan.table, self.devices, self._host, self._hosts),
             host_table(plan.table, self._host, self._hosts),
             plan.mesh,
             plan.partition,
@@ -117,6 +118,16 @@ class RemoteMemory:
         self._start = partial(_Taking, kind=self._config.exchange, timed=timed, group=self.group)
         self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
+
+    def _specs_of(self, plan: CachePlan) -> list[tuple[WorkerClient, WorkerSpec]]:
+        """Each lease's worker, and what it is asked for."""
+        shares = host_shares(plan.table, self.devices, self._host, self._hosts)
+        parts = range(0, len(self._clients), len(self._clients) // plan.partition.workers)
+        return [
+            (self._clients[part + share.worker], self._spec(plan, share))
+            for part in parts
+            for share in shares
+        ]
 
     def _spec(self, plan: CachePlan, share: HeadShare) -> WorkerSpec:
         """What a worker is asked for."""

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 import lamina_jax
+from lamina_jax.compilation import Footprint
 from lamina_jax.config import ConfigError, SecurityConfig, host_and_port
 from lamina_jax.exchange.control_messages import (
     CONTROL_BYTES,
@@ -27,6 +28,7 @@ from lamina_jax.exchange.control_messages import (
     Ready,
     decode_description,
     decode_event,
+    decode_footprint,
     encode,
 )
 from lamina_jax.exchange.frames import VERSION
@@ -121,6 +123,19 @@ class WorkerClient:
         except grpc.RpcError as error:
             raise self._error(error) from None
         self._check_version(found)
+        return found
+
+    def measure(self, spec: WorkerSpec) -> Footprint:
+        """What the programs of such a lease need on each of the worker's devices, beside its pages.
+
+        Raises:
+            WorkerError: it is another engine's, cannot compile for `spec`, or is lost meanwhile.
+        """
+        call = self._channel.unary_unary(f"/{SERVICE}/Measure", encode, decode_footprint)
+        try:
+            found: Footprint = call(LeaseRequest("", spec), timeout=PREPARE_SECONDS, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
         return found
 
     def lease(

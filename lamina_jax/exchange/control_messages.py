@@ -1,8 +1,9 @@
 """What an engine and an attention worker say to each other beside the frames of the decode loop.
 
-The gRPC service `lamina_jax.Pool` has five methods. Their messages are in msgpack:
+The gRPC service `lamina_jax.Pool` has six methods. Their messages are in msgpack:
 
     Describe   anything -> Description
+    Measure    LeaseRequest -> Footprint: what the programs of such a lease need beside its pages
     Lease      LeaseRequest -> a stream of Progress and then Ready: the worker prepares what is asked, and
                is the engine's for as long as this stream lives
     Pull       PullOrder -> Pulled (`pull.py`): the worker fetches a prompt's KV from a prefill host
@@ -15,6 +16,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from lamina_jax.compilation import Footprint
 from lamina_jax.config import ConfigError
 from lamina_jax.pool.geometry import KV_BYTES
 from lamina_jax.pool.spec import WorkerSpec
@@ -84,6 +86,7 @@ LeaseEvent = Progress | Ready
 
 encode = msgspec.msgpack.encode
 decode_description = msgspec.msgpack.Decoder(Description).decode
+decode_footprint = msgspec.msgpack.Decoder(Footprint).decode
 decode_event = msgspec.msgpack.Decoder(LeaseEvent).decode
 _LEASE_REQUEST = msgspec.msgpack.Decoder(LeaseRequest)
 

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from lamina_jax.compilation import Job, compile_all
+from lamina_jax.compilation import Footprint, Job, compile_all
 from lamina_jax.config import ConfigError
 from lamina_jax.exchange.channel import ChannelClosed, Frame
 from lamina_jax.exchange.control_messages import LeaseEvent, Progress, Ready
@@ -36,7 +36,11 @@ class Session(Protocol):
 
     geometry: CacheGeometry
 
+    @property
+    def footprint(self) -> Footprint: ...
+    def probe(self) -> Iterable[Job]: ...
     def jobs(self) -> Iterable[Job]: ...
+    def hold(self) -> None: ...
     def room(self, header: Header) -> int: ...
     def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None: ...
     def answers(self, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]: ...
@@ -102,6 +106,7 @@ class Lease:
         try:
             session = self._make_session()
             log.info("%s", compile_all(session.jobs(), self._progress))
+            session.hold()
             self._session = session
             del session
             self._events.put(Ready(self.session_id, self.pages))
@@ -110,7 +115,7 @@ class Lease:
             pass
         except Exception as error:
             log.debug("lease of %s", self.engine, exc_info=True)
-            self.end(f"cannot prepare what the lease asks for: {_first_line(error)}")
+            self.end(f"cannot prepare what the lease asks for: {first_line(error)}")
         self.pulls.join()
         with self._changed:
             self._changed.wait_for(lambda: self._hang_up is None)
@@ -139,7 +144,7 @@ class Lease:
         except ChannelClosed as error:
             reason = f"the data stream has ended: {error}"
         except Exception as error:
-            reason = f"the worker gave up: {_first_line(error)}"
+            reason = f"the worker gave up: {first_line(error)}"
             raise
         finally:
             with self._changed:
@@ -167,7 +172,7 @@ class Lease:
         except (ChannelClosed, ProtocolError, ConfigError):
             raise
         except Exception as error:
-            self.end(f"the worker gave up at a pull: {_first_line(error)}")
+            self.end(f"the worker gave up at a pull: {first_line(error)}")
             raise
 
     def _progress(self, done: int, total: int) -> None:
@@ -195,5 +200,6 @@ class Traffic:
         self.bytes_sent += HEADER_BYTES + header.length
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a caller far away is told of an error."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from lamina_jax.compilation import Footprint, compile_all
 from lamina_jax.config import ConfigError
 from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.spec import WorkerSpec
@@ -30,7 +31,7 @@ class Leases:
 
     def __init__(self, make_session: Callable[[WorkerSpec], Session]) -> None:
         self._make_session = make_session
-        self._changed = threading.Condition()
+        self._changed, self._measuring = threading.Condition(), threading.Lock()
         self.held: tuple[Lease, ...] = ()
         self._draining = False
         self.traffic = Traffic()
@@ -48,15 +49,7 @@ class Leases:
         """
         wanted = spec.geometry
         with self._changed:
-            self._changed.wait_for(lambda: self._draining or self._free_for(group), TAKE_SECONDS)
-            if self._draining:
-                raise Refused("it is shutting down")
-            if not self._free_for(group):
-                held = self.held[0]
-                gone = ", which has gone; its last program still runs" if held.over.is_set() else ""
-                raise Refused(
-                    f"held by another engine, {held.engine}{gone}: end that one, or take another worker"
-                )
+            self._wait_free(group)
             filled = sum(lease.page_bytes for lease in self.held)
             if filled + wanted.num_pages * wanted.bytes_per_page > memory_bytes:
                 raise ConfigError(_no_room(wanted, filled, memory_bytes))
@@ -64,6 +57,20 @@ class Leases:
             self.held += (lease,)
         threading.Thread(target=self._run, args=(lease,), name="lease", daemon=True).start()
         return lease
+
+    def measure(self, spec: WorkerSpec) -> Footprint:
+        """What the programs of such a lease need on each device, beside its pages; returns once the largest
+        is compiled.
+
+        Raises:
+            Refused: an engine has the worker, or it is shutting down.
+        """
+        with self._measuring:
+            with self._changed:
+                self._wait_free("")
+            session = self._make_session(spec)
+            compile_all(session.probe(), lambda done, total: None)
+            return session.footprint
 
     def find(self, session_id: bytes) -> Lease:
         """The lease that `session_id` opens a data stream of.
@@ -84,6 +91,18 @@ class Leases:
             self._changed.wait_for(lambda: not self.held, seconds)
             for lease in self.held:
                 lease.end("the worker is shutting down")
+
+    def _wait_free(self, group: str) -> None:
+        """Returns when nobody of another group has the worker; raises `Refused`."""
+        self._changed.wait_for(lambda: self._draining or self._free_for(group), TAKE_SECONDS)
+        if self._draining:
+            raise Refused("it is shutting down")
+        if not self._free_for(group):
+            held = self.held[0]
+            gone = ", which has gone; its last program still runs" if held.over.is_set() else ""
+            raise Refused(
+                f"held by another engine, {held.engine}{gone}: end that one, or take another worker"
+            )
 
     def _free_for(self, group: str) -> bool:
         return all(group and lease.group == group for lease in self.held)

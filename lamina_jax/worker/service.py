@@ -1,4 +1,4 @@
-"""The gRPC face of a worker: Describe, Lease, the data stream Exchange, Pull and Drop. Owns no state."""
+"""The gRPC face of a worker, whose methods `control_messages` lists. Owns no state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import grpc
 from msgspec.structs import replace
 
+from lamina_jax.compilation import Footprint
 from lamina_jax.config import ConfigError
 from lamina_jax.exchange.channel import ChannelClosed
 from lamina_jax.exchange.control_messages import SERVICE, Description, LeaseEvent, decode_request
@@ -19,7 +20,7 @@ from lamina_jax.exchange.grpc import encode, serve_stream
 from lamina_jax.exchange.pull import Pulled, decode_drop, decode_order
 from lamina_jax.exchange.security import SESSION_KEY, shows_token
 from lamina_jax.pool.spec import WorkerSpec
-from lamina_jax.worker.lease import Refused
+from lamina_jax.worker.lease import Refused, first_line
 from lamina_jax.worker.leases import Leases
 from lamina_jax.worker.pull import Dial
 
@@ -41,6 +42,7 @@ class PoolService:
             SERVICE,
             {
                 "Describe": grpc.unary_unary_rpc_method_handler(self.describe, None, encode_message),
+                "Measure": grpc.unary_unary_rpc_method_handler(self.measure, None, encode_message),
                 "Lease": grpc.unary_stream_rpc_method_handler(self.lease, None, encode_message),
                 "Pull": grpc.unary_unary_rpc_method_handler(self.pull, None, encode_message),
                 "Drop": grpc.unary_unary_rpc_method_handler(self.drop),
@@ -51,6 +53,17 @@ class PoolService:
     def describe(self, _: bytes, context: grpc.ServicerContext) -> Description:
         held_by = ", ".join(lease.engine for lease in self._leases.held)
         return replace(self._facts, held_by=held_by, clock_ns=time.monotonic_ns())
+
+    def measure(self, data: bytes, context: grpc.ServicerContext) -> Footprint:
+        try:
+            spec = decode_request(data).spec
+            self._check_devices(spec)
+            footprint = self._leases.measure(spec)
+        except Refused as error:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except (ConfigError, RuntimeError) as error:  # XLA cannot compile it
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, first_line(error))
+        return footprint
 
     def lease(self, data: bytes, context: grpc.ServicerContext) -> Iterator[LeaseEvent]:
         try:

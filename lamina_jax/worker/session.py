@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from lamina_jax.compilation import Job
+from lamina_jax.compilation import Footprint, Job
 from lamina_jax.config import ConfigError
 from lamina_jax.cpu_kernels import CpuKernels, use_native
 from lamina_jax.exchange.channel import Frame
@@ -42,6 +42,8 @@ class _Begun:
 
 class Session:
     """The share of the KV cache that `spec` describes, on the first `spec.devices` of `devices`.
+
+    The pages are there from `hold` on.
 
     Args:
         gaps: when pulled KV may be written.
@@ -80,10 +82,26 @@ class Session:
             )
             for device in devices[: spec.devices]
         ]
-        for shard in self._shards:
-            shard.hold()
         self._shapes = {(rows, queries): _shapes(spec, rows, queries) for rows, queries, _ in spec.buckets}
         self._begun: dict[int, _Begun] = {}
+
+    def hold(self) -> None:
+        """Make the pages."""
+        for shard in self._shards:
+            shard.hold()
+
+    def probe(self) -> Iterator[Job]:
+        """What compiles the program that needs the most memory, so that `footprint` can tell; the same for
+        all devices."""
+        spec = self._spec
+        with_cache = [(rows, queries) for rows, queries, cached in spec.buckets if cached]
+        bucket = max(with_cache, key=math.prod)
+        return self._shards[0].jobs(bucket, spec.pages_per_request, cached=True, overlap=spec.overlap)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The most that one of the programs compiled so far needs, on each device."""
+        return self._shards[0].footprint
 
     def jobs(self) -> Iterator[Job]:
         """What compiles the programs."""

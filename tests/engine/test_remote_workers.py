@@ -214,12 +214,19 @@ def logprobs_of(llm: LLM) -> np.ndarray:
 
 
 def test_a_request_longer_than_any_worker_holds(
-    checkpoints: dict[str, str], expected: dict[str, list[list[int]]], workers: Callable[..., str]
+    checkpoints: dict[str, str],
+    expected: dict[str, list[list[int]]],
+    workers: Callable[..., str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """By token: 48 tokens on each of two workers, and a prompt of 80."""
+    caplog.set_level("INFO", "lamina_jax.engine.build")
     with LLM(checkpoints["full"], attention=workers(2), partition="tokens", num_pages=6, **SETTINGS) as llm:
         assert tokens_of(llm) == expected["full"]
         assert llm.stats()["pages_total"] == 12
+    (table,) = [message for message in caplog.messages if message.startswith("memory budget")]
+    columns = {row[0]: row[-1] for line in table.splitlines() if (row := line.rsplit(maxsplit=1))}
+    assert next(size for name, size in columns.items() if name.startswith("temporaries")) != "0"
 
 
 SHARDED = [

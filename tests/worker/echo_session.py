@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from lamina_jax.compilation import Job
+from lamina_jax.compilation import Footprint, Job
 from lamina_jax.exchange.channel import Frame
 from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.pool.geometry import CacheGeometry
@@ -56,6 +56,14 @@ class EchoSession:
     def __init__(self, spec: WorkerSpec, devices: Sequence[object]) -> None:
         self.spec, self.devices, self.geometry = spec, devices, spec.geometry
         self.alive.add(self)
+
+    footprint = Footprint(temporaries=5, results=7)
+
+    def probe(self) -> Iterator[Job]:
+        yield next(self.jobs())
+
+    def hold(self) -> None:
+        """There are no pages."""
 
     def jobs(self) -> Iterator[Job]:
         work = {1: self._compile_slowly, 2: self._fail}.get(self.spec.geometry.page_size, lambda: None)

@@ -47,6 +47,16 @@ def test_describe_says_what_the_worker_is(start_worker: StartWorker) -> None:
     assert server.port != found.data_port
 
 
+def test_what_a_lease_would_need_is_measured_while_nobody_has_the_worker(start_worker: StartWorker) -> None:
+    _, client = start_worker()
+    assert client.measure(SPEC) == EchoSession.footprint
+    with pytest.raises(WorkerError, match=r"out of tape$"):
+        client.measure(spec(page_size=2))
+    client.lease(SPEC)
+    with pytest.raises(WorkerError, match="held by another engine"):
+        client.measure(SPEC)
+
+
 def test_a_lease_reports_compiles_and_answers(start_worker: StartWorker) -> None:
     _, client = start_worker()
     reports: list[tuple[str, int, int]] = []
