@@ -149,7 +149,7 @@ def cluster_flags() -> Parser:
         "--host-id",
         type=int,
         metavar="N",
-        help="which compute host this is; host 0 is the engine. With --role prefill: which prefill host",
+        help="which of them this is; host 0 schedules. With --cluster and --role prefill: which prefill host",
     )
     parser.add_argument(
         "--role",

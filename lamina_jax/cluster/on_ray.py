@@ -140,8 +140,8 @@ def _place(ray: Any, cluster: Cluster) -> Any:
         ray.get(group.ready(), timeout=PLACING_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise ConfigError(
-            f"{cluster.file}: ray: no nodes with room for {bundles} in {PLACING_SECONDS:.0f} s; the Ray "
-            f"cluster has {ray.cluster_resources()}: start nodes with these resources, or name others under [ray]"
+            f"{cluster.file}: ray: there was no room for {bundles} within {PLACING_SECONDS:.0f} s; the Ray "
+            f"cluster has {ray.cluster_resources()}: start nodes with these, or name others in [ray]"
         ) from None
     return group
 

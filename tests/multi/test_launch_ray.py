@@ -1,4 +1,4 @@
-"""`launch ray` on a real Ray cluster of two nodes on loopback: roles placed by resource, and started anew."""
+"""`launch ray` on a real Ray cluster of two nodes, both here: roles placed by resource, and started anew."""
 
 from __future__ import annotations
 
