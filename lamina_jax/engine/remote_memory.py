@@ -98,7 +98,7 @@ class RemoteMemory:
 
     def _measure(self, client: WorkerClient, spec: WorkerSpec) -> None:
         """The most that any worker's programs need counts for all of them."""
-        self._needs = Footprint(*map(max, zip(self._needs, client.measure(spec), strict=True)))
+        self._needs = Footprint(*map(max, zip(self._needs, client.measure(spec, group=self.group), strict=True)))
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         geometry = plan.geometry

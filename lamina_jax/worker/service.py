@@ -56,9 +56,9 @@ class PoolService:
 
     def measure(self, data: bytes, context: grpc.ServicerContext) -> Footprint:
         try:
-            spec = decode_request(data).spec
-            self._check_devices(spec)
-            footprint = self._leases.measure(spec)
+            request = decode_request(data)
+            self._check_devices(request.spec)
+            footprint = self._leases.measure(request.spec, request.group)
         except Refused as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except (ConfigError, RuntimeError) as error:  # XLA cannot compile it
