@@ -82,7 +82,7 @@ class RemoteMemory:
         ]
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
-        self._needs = Footprint(0, 0)
+        self._needs: dict[str, Footprint] = {}
         self._room = "each worker" if self.workers > 1 else "the worker"
         self.rooms = {self._room: Room(min(d.memory_bytes for d in found), 1.0)}
 
@@ -92,13 +92,13 @@ class RemoteMemory:
 
     def shares(self, plan: CachePlan) -> list[Share]:
         page = plan.geometry.share(plan.table.workers).bytes_per_page
-        # A worker runs one program of a lease at a time; of each host there may be one.
-        each = Needs(0, self._hosts * self._needs.temporaries, self._hosts * self._needs.results, page)
+        # A worker runs one program of a lease at a time; of each host there may be one. The same for all.
+        temporaries, results = (self._hosts * max(sizes) for sizes in zip(*self._needs.values(), strict=True))
+        each = Needs(0, temporaries, results, page)
         return [(self._room, Needs(*(self.devices * size for size in each)))]
 
     def _measure(self, client: WorkerClient, spec: WorkerSpec) -> None:
-        """The most that any worker's programs need counts for all of them."""
-        self._needs = Footprint(*map(max, zip(self._needs, client.measure(spec, group=self.group), strict=True)))
+        self._needs[client.address] = client.measure(spec, group=self.group)
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         geometry = plan.geometry
