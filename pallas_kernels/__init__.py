@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention import (
     QuantizedPages,
     SplitPlan,
     paged_attention,
+    refusal,
     split_plan,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "keep_stored",
     "paged_attention",
     "read_stored",
+    "refusal",
     "split_plan",
 ]

@@ -20,7 +20,7 @@ from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
 from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct, stored_struct
-from pallas_kernels import Pages, SplitPlan, keep_stored, paged_attention, split_plan
+from pallas_kernels import Pages, SplitPlan, keep_stored, paged_attention, refusal, split_plan
 
 Arrays = tuple[jax.Array, ...]
 Messages = tuple[jax.Array | np.ndarray, ...]
@@ -156,7 +156,9 @@ class AttentionShard:
         pages = pages_struct(self.geometry, self._place)
         slots = jax.ShapeDtypeStruct((tokens,), np.int32, sharding=self._place)
         inputs = (pages, stored_struct(self.geometry, self._place, tokens), slots)
-        program = self._programs["pulled", (tokens, 1), None] = Compilation(keep_stored, inputs, donate=(0,))
+        program = self._programs["pulled", (tokens, 1), None] = Compilation(
+            partial(keep_stored, platform=self._platform), inputs, donate=(0,)
+        )
         return f"pulled {tokens} on {self.device}", program.compile
 
     def _plan_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
@@ -166,16 +168,20 @@ class AttentionShard:
         plans = partial(_plans, q=q, pages=pages, windows=windows, platform=self._platform)
         return Compilation(plans, (meta,))
 
+    def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
+        count = self._pieces // self._copies
+        kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
+        pages = pages_struct(self.geometry, self._place)
+        return Compilation(self._append, (pages, meta.slots, kv), donate=(0,))
+
     @property
     def _platform(self) -> str | None:
         return kernel_platform(self.geometry, self.device.platform, native=self._native)
 
-    def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
-        count = self._pieces // self._copies
-        kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
-        append = partial(_append, dtype=self.geometry.dtype, wire_dtype=self.geometry.wire_dtype)
-        pages = pages_struct(self.geometry, self._place)
-        return Compilation(append, (pages, meta.slots, kv), donate=(0,))
+    @property
+    def _append(self) -> Callable[..., Pages]:
+        g = self.geometry
+        return partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype, platform=self._platform)
 
     def _attend_program(
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata, plan: SplitPlan | None
@@ -196,9 +202,12 @@ class AttentionShard:
         inputs = (pages_struct(g, self._place), window, plan, meta, messages)
         if name == "attend":
             return Compilation(attend, inputs)
-        append = partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype)
         both = partial(
-            _append_and_attend, num_heads=num_heads, copies=self._copies, append=append, cached_part=attend
+            _append_and_attend,
+            num_heads=num_heads,
+            copies=self._copies,
+            append=self._append,
+            cached_part=attend,
         )
         return Compilation(both, inputs, donate=(0,))
 
@@ -221,24 +230,21 @@ class AttentionShard:
 
 
 def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) -> str | None:
-    """Which reading of paged attention a device runs; None is XLA's plain one.
+    """Whose kernels a device runs over pages of this shape; None: XLA's plain operators.
 
-    The TPU kernel copies whole tiles: 128 lanes of a head or of a page, and 16 rows of the other, 64 where
-    numbers have 8 bits. A CPU's native one, if it may be run, reads heads in steps of 16 numbers.
+    `native`: it is a CPU that may run the native ones, where they take these pages.
     """
-    if native:
-        return "native" if g.head_dim % 16 == 0 else platform
-    if platform != "tpu":
-        return platform
-    whole = g.head_dim % 128 == 0 or (g.head_dim % 16 == 0 and g.page_size % 128 == 0)
-    return platform if whole and g.page_size % (64 if g.is_quantized else 16) == 0 else None
+    readings = ("native", platform) if native else (platform,)
+    return next((each for each in readings if not refusal(each, g.dtype, g.page_size, g.head_dim)), None)
 
 
-def _append(pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> Pages:
+def _append(
+    pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str, platform: str | None
+) -> Pages:
     halves = [jnp.split(from_wire(piece, wire_dtype), 2, axis=2) for piece in kv]
     k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
     k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype)
+    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype, platform=platform)
 
 
 def _plans(

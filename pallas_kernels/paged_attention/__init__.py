@@ -22,9 +22,19 @@ from pallas_kernels.paged_attention.gpu import paged_attention_gpu, split_plan_g
 from pallas_kernels.paged_attention.gpu_plan import SplitPlan
 from pallas_kernels.paged_attention.native import paged_attention_native
 from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.taken import refusal
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 
-__all__ = ["NO_PAGE", "PLATFORMS", "Pages", "QuantizedPages", "SplitPlan", "paged_attention", "split_plan"]
+__all__ = [
+    "NO_PAGE",
+    "PLATFORMS",
+    "Pages",
+    "QuantizedPages",
+    "SplitPlan",
+    "paged_attention",
+    "refusal",
+    "split_plan",
+]
 
 PLATFORMS = ("cpu", "native", "gpu", "tpu")
 
@@ -74,9 +84,8 @@ def paged_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
-            reading written for it; None: plain XLA operators, for any platform. Two narrow the shapes:
-            "tpu" (H % 16 = 0; H or p % 128 = 0; p % 8 = 0 in float32, 16 in bfloat16, 64 in 8 bits; no
-            float16, no bits as uint16) and "native" (H % 16 = 0; no float16).
+            reading written for it; None: plain XLA operators, for any platform. "tpu" and "native" take
+            some pages only: `refusal` says which.
         plan: of `split_plan`, for programs of layers that share it; None: made here.
         interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
