@@ -61,7 +61,7 @@ def append_kv(
     return keep_stored(pages, kv, slots, platform=platform, interpret=interpret)
 
 
-def read_stored(pages: Pages, slots: Int32[Array, "T"]) -> Pages:
+def read_stored(pages: Pages, slots: Int32[Array, "T"]) -> Shaped[Array, "T 2 K H"] | QuantizedPages:
     """What pages hold in some slots, as they hold it: each array as [T, 2, K, ...]."""
 
     def read(array: Shaped[Array, "P 2 K p *rest"]) -> Shaped[Array, "T 2 K *rest"]:
@@ -72,7 +72,7 @@ def read_stored(pages: Pages, slots: Int32[Array, "T"]) -> Pages:
 
 def keep_stored(
     pages: Pages,
-    stored: Pages,
+    stored: Shaped[Array, "T 2 K H"] | QuantizedPages,
     slots: Int32[Array, "T"],
     *,
     platform: str | None = None,
