@@ -21,6 +21,7 @@ BENCHMARKS = (
     "decode",
     "engine",
     "exchange",
+    "hosts",
     "kernels",
     "overlap",
     "partition",

@@ -58,6 +58,11 @@ class Compilation:
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
 
+    def shapes(self, place: jax.sharding.Sharding) -> Any:
+        """What it returns, as ShapeDtypeStructs, all on `place`."""
+        shapes = jax.eval_shape(self._function, *self._inputs)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
     def num_bytes(self, argument: int) -> int:
         """Of one of its arguments."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._inputs[argument]))

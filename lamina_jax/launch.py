@@ -1,8 +1,8 @@
 """`python -m lamina_jax.launch PLACE`: runs a cluster file, or writes it out for what runs it.
 
-`local` and `ssh` start every process, here or each on its host, and end them together; `emit` writes a job of
-Slurm, manifests of Kubernetes, or a script for Cloud TPU. Nothing here starts anew what has failed: that is
-what these, Ray and systemd do.
+`local` and `ssh` start every process, here or each on its host, and end them together; `ray` has Ray place
+them; `emit` writes a job of Slurm, manifests of Kubernetes, or a script for Cloud TPU. Nothing here starts
+anew what has failed: that is what these, Ray and systemd do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lamina_jax.cluster.commands import commands
 from lamina_jax.cluster.dry_run import check_reach
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.kubernetes import emit_kubernetes
+from lamina_jax.cluster.on_ray import run_on_ray
 from lamina_jax.cluster.pin import check_cores
 from lamina_jax.cluster.processes import Cluster
 from lamina_jax.cluster.slurm import emit_slurm
@@ -79,6 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="of every host, where relative paths begin (default: home)",
     )
+    ray = place("ray", "run all processes on a Ray cluster, which starts anew what dies", run_ray)
+    ray.add_argument(
+        "--address", default="auto", metavar="HOST:PORT", help="of the Ray cluster (default: this machine's)"
+    )
     emit = place("emit", "write out what runs it", run_emit)
     emit.add_argument("--for", dest="target", required=True, choices=sorted(EMITTED), help="what runs it")
     emit.add_argument(
@@ -99,6 +104,11 @@ def run_ssh(cluster: Cluster, options: argparse.Namespace) -> int:
     grace = grace_seconds(cluster)
     # A host ends its process by itself within the grace; the connection may then take as long again.
     return run_together(ssh_commands(cluster, options.python, options.directory, grace), 2 * grace)
+
+
+def run_ray(cluster: Cluster, options: argparse.Namespace) -> int:
+    """Run all processes on a Ray cluster."""
+    return run_on_ray(cluster, options.address, grace_seconds(cluster))
 
 
 def run_emit(cluster: Cluster, options: argparse.Namespace) -> int:

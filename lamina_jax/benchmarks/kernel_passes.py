@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lamina_jax.ops import NO_WINDOW
 from lamina_jax.pool.pages import storage_dtype
-from pallas_kernels import Pages, QuantizedPages, paged_attention
+from pallas_kernels import Pages, QuantizedPages, paged_attention, split_plan
 
 DTYPES = "float32", "bfloat16", "int8", "float8_e4m3fn"
 MOST_CALLS = 1024
@@ -159,12 +159,11 @@ def paged_step(dtype: str, platform: str) -> Step:
 
 def planned_step(dtype: str) -> Step:
     """The same of the GPU's kernel, whose split plan the step makes once for all layers."""
-    from pallas_kernels.paged_attention.gpu import paged_attention_gpu, split_plan
 
     def step(q: jax.Array, pages: Pages, context_lens: jax.Array, width: int) -> Call:
         lengths = context_lens, _places(context_lens, width), context_lens[:, None]
-        plan = split_plan(q[:, None], pages, *lengths, NO_WINDOW)
-        attend = functools.partial(paged_attention_gpu, softcap=None, plan=plan)
+        plan = split_plan(q[:, None], pages, *lengths, NO_WINDOW, platform="gpu")
+        attend = functools.partial(paged_attention, platform="gpu", plan=plan)
         return _paged_step(attend, jnp.dtype(dtype), q, pages, context_lens, width)
 
     return step

@@ -76,9 +76,9 @@ class RayPlace:
         compute, memory, prefill: the resource that Ray's nodes of each side have.
     """
 
-    compute: str = "compute"
-    memory: str = "memory"
-    prefill: str = "prefill"
+    compute: str = "lamina_compute"
+    memory: str = "lamina_memory"
+    prefill: str = "lamina_prefill"
 
 
 @dataclass(frozen=True, kw_only=True)

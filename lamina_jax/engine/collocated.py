@@ -117,7 +117,7 @@ class CollocatedRunner:
 
         sliced = self._sliced_at(bucket)
         attend = self._attend if cached else None
-        step: Callable[..., Any] = partial(_step, sliced, bucket, attend, self._mesh, self._geometry.dtype)
+        step: Callable[..., Any] = partial(_step, sliced, bucket, attend, self._keep, self._mesh)
         weights = tuple(like(weight) for weight in self._weights)
         inputs = (
             [pages_struct(self._geometry, self._by_head)] * self._geometry.num_layers,
@@ -184,6 +184,17 @@ class CollocatedRunner:
             self._programs.clear()
         self.pages = make_pages(self._geometry, self._by_head)
 
+    @property
+    def _platform(self) -> str | None:
+        return kernel_platform(self._geometry, self._mesh.devices.flat[0].platform, native=self._native)
+
+    def _keep(self, pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+        """The pages with k and v[T, K, H], each device for its own KV heads."""
+        keep = partial(keep_kv, dtype=self._geometry.dtype, platform=self._platform)
+        by_head = P(None, None, "tensor")
+        specs = (by_head, P(None, "tensor"), P(None, "tensor"), P())
+        return jax.shard_map(keep, mesh=self._mesh, in_specs=specs, out_specs=by_head)(pages, k, v, slots)
+
     def _attend(self, attention: Attention, q: jax.Array, pages: Pages, meta: StepMetadata) -> Part:
         """The cached part of q[B, Q, N, H], each device for its own KV heads."""
         kernel = partial(
@@ -192,9 +203,7 @@ class CollocatedRunner:
             scale=attention.scale,
             softcap=attention.softcap,
             dtype=self._geometry.dtype,
-            platform=kernel_platform(
-                self._geometry, self._mesh.devices.flat[0].platform, native=self._native
-            ),
+            platform=self._platform,
         )
         by_head, whole = P(None, None, "tensor"), P()
         return jax.shard_map(
@@ -204,7 +213,6 @@ class CollocatedRunner:
             mesh=self._mesh,
             in_specs=(by_head, by_head, whole),
             out_specs=(by_head, by_head),
-            check_vma=False,
         )(q, pages, meta)
 
 
@@ -212,8 +220,8 @@ def _step(
     sliced: Sliced,
     bucket: Bucket,
     attend: Callable[..., Part] | None,
+    keep: Callable[..., Pages],
     mesh: Mesh,
-    kv_dtype: str,
     pages: list[Pages],
     weights: Arrays,
     last: jax.Array,
@@ -232,8 +240,7 @@ def _step(
         stage = sliced.slices[layer].fused
         out = dict(zip(stage.outputs, stage.fn(*map(values.__getitem__, stage.inputs)), strict=True))
         q, k, v = (x.reshape(*bucket, *x.shape[1:]) for x in (out[Port("q")], out[Port("k")], out[Port("v")]))
-        flat_kv = out[Port("k")], out[Port("v")]
-        pages[layer] = keep_kv(pages[layer], *flat_kv, meta.slots.reshape(-1), dtype=kv_dtype)
+        pages[layer] = keep(pages[layer], out[Port("k")], out[Port("v")], meta.slots.reshape(-1))
         window = jnp.int32(attention.window)
         parts = [local_part(q, k, v, scale=attention.scale, window=window, softcap=attention.softcap)]
         if attend is not None:

@@ -26,8 +26,6 @@ from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
 from lamina_jax.exchange.trace import write_trace
-from lamina_jax.hosts.member import Member
-from lamina_jax.hosts.messages import Traffic
 from lamina_jax.pool.shares import HeadShare, host_shares, host_table
 from lamina_jax.pool.spec import WorkerSpec
 
@@ -46,7 +44,11 @@ class RemoteMemory:
     Of several compute hosts each leases the workers' devices that hold heads of its own.
 
     Args:
-        member: which compute host this is, of how many; None: the only one.
+        host, hosts: which compute host this is, of how many.
+
+    Attributes:
+        group: of the leases of all compute hosts; to be set before `open`, where there are several.
+        on_lost: told why, in a thread of gRPC, when a worker is lost.
 
     Raises:
         ConfigError: workers that cannot be used, or not together.
@@ -59,11 +61,11 @@ class RemoteMemory:
         report: Callable[[str, int, int], None],
         *,
         num_kv_heads: int,
-        member: Member | None = None,
+        host: int = 0,
+        hosts: int = 1,
     ) -> None:
-        self._member = member
-        self._write_trace: Callable[[], object] = lambda: None
-        self._host, self._hosts = (member.host_id, member.num_hosts) if member else (0, 1)
+        self.group, self._host, self._hosts = "", host, hosts
+        self.on_lost: Callable[[str], None] = lambda reason: None
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
@@ -80,7 +82,7 @@ class RemoteMemory:
         ]
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
-        self._needs = Footprint(0, 0)
+        self._needs: dict[str, Footprint] = {}
         self._room = "each worker" if self.workers > 1 else "the worker"
         self.rooms = {self._room: Room(min(d.memory_bytes for d in found), 1.0)}
 
@@ -90,13 +92,13 @@ class RemoteMemory:
 
     def shares(self, plan: CachePlan) -> list[Share]:
         page = plan.geometry.share(plan.table.workers).bytes_per_page
-        # A worker runs one program of a lease at a time; of each host there may be one.
-        each = Needs(0, self._hosts * self._needs.temporaries, self._hosts * self._needs.results, page)
+        # A worker runs one program of a lease at a time; of each host there may be one. The same for all.
+        temporaries, results = (self._hosts * max(sizes) for sizes in zip(*self._needs.values(), strict=True))
+        each = Needs(0, temporaries, results, page)
         return [(self._room, Needs(*(self.devices * size for size in each)))]
 
     def _measure(self, client: WorkerClient, spec: WorkerSpec) -> None:
-        """The most that any worker's programs need counts for all of them."""
-        self._needs = Footprint(*map(max, zip(self._needs, client.measure(spec), strict=True)))
+        self._needs[client.address] = client.measure(spec, group=self.group)
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         geometry = plan.geometry
@@ -113,9 +115,7 @@ class RemoteMemory:
         )
         self._exchange = exchange
         timed = self.timings is not None
-        self._start = partial(
-            _Taking, kind=self._config.exchange, timed=timed, group=self._member.group if self._member else ""
-        )
+        self._start = partial(_Taking, kind=self._config.exchange, timed=timed, group=self.group)
         self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
 
@@ -149,7 +149,7 @@ class RemoteMemory:
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
         runner = RemoteRunner(compute, exchange, overlap=overlap, memory=self)
         if self._config.trace is not None and self.timings is not None:
-            self._write_trace = weakref.finalize(runner, write_trace, self._config.trace, self.timings)
+            weakref.finalize(runner, write_trace, self._config.trace, self.timings)
         return runner
 
     def page_devices(self) -> list[str]:
@@ -193,9 +193,8 @@ class RemoteMemory:
         return timings
 
     def close(self) -> None:
-        """Give all workers back, and write the trace, if there is one."""
+        """Give all workers back."""
         self._exchange.close()
-        self._write_trace()
         for taking in self._taking:
             taking.release()
         for client in self._clients:
@@ -215,8 +214,7 @@ class RemoteMemory:
             taking.lease.on_lost(partial(self._lost, taking.client.address))
 
     def _lost(self, address: str, reason: str) -> None:
-        if self._member is not None:
-            self._member.lost(f"attention worker {address}: {reason}")
+        self.on_lost(f"attention worker {address}: {reason}")
 
 
 def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
@@ -312,11 +310,6 @@ class RemoteRunner(DisaggregatedRunner):
         if self._timings is not None:
             stats["timings"] = {**Timeline(self._timings).sums(), **self._timings.host()}
         return stats
-
-    def traffic(self) -> Traffic:
-        """What has crossed so far between this host and the workers."""
-        wire = self.exchange.wire
-        return Traffic(self._steps, wire.tensor_bytes, wire.messages, wire.metadata_bytes, self._seconds)
 
     def check(self) -> None:
         self._memory.check()

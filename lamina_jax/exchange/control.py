@@ -125,7 +125,7 @@ class WorkerClient:
         self._check_version(found)
         return found
 
-    def measure(self, spec: WorkerSpec) -> Footprint:
+    def measure(self, spec: WorkerSpec, *, group: str = "") -> Footprint:
         """What the programs of such a lease need on each of the worker's devices, beside its pages.
 
         Raises:
@@ -133,7 +133,8 @@ class WorkerClient:
         """
         call = self._channel.unary_unary(f"/{SERVICE}/Measure", encode, decode_footprint)
         try:
-            found: Footprint = call(LeaseRequest("", spec), timeout=PREPARE_SECONDS, metadata=self.metadata)
+            request = LeaseRequest("", spec, group)
+            found: Footprint = call(request, timeout=PREPARE_SECONDS, metadata=self.metadata)
         except grpc.RpcError as error:
             raise self._error(error) from None
         return found

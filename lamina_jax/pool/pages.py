@@ -42,12 +42,14 @@ def make_pages(geometry: CacheGeometry, sharding: Sharding) -> list[Pages]:
     return [made() for _ in range(geometry.num_layers)]
 
 
-def keep_kv(pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array, *, dtype: str) -> Pages:
+def keep_kv(
+    pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array, *, dtype: str, platform: str | None
+) -> Pages:
     """`pages` with k and v[T K H], of any float dtype, rounded to the `dtype` of the pages and kept in
-    slots[T]; see `append_kv`."""
+    slots[T] by the kernels of `platform`; see `append_kv`."""
     if not isinstance(pages, QuantizedPages):
         k, v = k.astype(dtype), v.astype(dtype)
-    return append_kv(pages, k, v, slots)
+    return append_kv(pages, k, v, slots, platform=platform)
 
 
 def storage_dtype(dtype: str, platform: str) -> jnp.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lamina_jax.pool.geometry import CacheGeometry
 from lamina_jax.pool.message import from_wire, message_dtype, pack_part
 from lamina_jax.pool.metadata import StepMetadata, metadata_shapes
 from lamina_jax.pool.pages import keep_kv, make_pages, pages_struct, stored_struct
-from pallas_kernels import Pages, keep_stored, paged_attention
+from pallas_kernels import Pages, SplitPlan, keep_stored, paged_attention, refusal, split_plan
 
 Arrays = tuple[jax.Array, ...]
 Messages = tuple[jax.Array | np.ndarray, ...]
@@ -41,6 +41,13 @@ CachedPart = Callable[..., tuple[jax.Array, jax.Array]]
 
 ProgramKey = tuple[str, Bucket, AttentionKind | None]
 """A program of a shard: its name, its bucket, and which attention it computes, if any."""
+
+
+class Begun(NamedTuple):
+    """A microbatch's step on a device: what it was told, and what its layers plan alike, by their window."""
+
+    meta: StepMetadata
+    plans: dict[int, SplitPlan]
 
 
 class AttentionShard:
@@ -84,28 +91,34 @@ class AttentionShard:
 
     # What a step does -------------------------------------------------------------------------------
 
-    def begin(self, told: StepMetadata) -> StepMetadata:
-        """Bring a microbatch's metadata to the device."""
-        return jax.device_put(told, self.device)
+    def begin(self, told: StepMetadata) -> Begun:
+        """Bring a microbatch's metadata to the device, and plan its attention there."""
+        meta = jax.device_put(told, self.device)
+        make_plans = self._programs.get(("plan", told.positions.shape, None))
+        return Begun(meta, make_plans(meta) if make_plans else {})
 
-    def attend(self, layer: int, bucket: Bucket, meta: StepMetadata, q: Messages) -> Arrays:
+    def attend(self, layer: int, bucket: Bucket, begun: Begun, q: Messages) -> Arrays:
         """The cached part of each piece q[B, Q, n, H] as a message (`lamina_jax.pool.message`), o in q's
         dtype."""
         program = self._programs["attend", bucket, self._kinds[layer]]
-        return program(self.pages[layer], self._windows[layer], meta, q)
+        return program(self.pages[layer], *self._shared(layer, begun), q)
 
-    def append(self, layer: int, bucket: Bucket, meta: StepMetadata, kv: Messages) -> None:
+    def append(self, layer: int, bucket: Bucket, begun: Begun, kv: Messages) -> None:
         """Keep kv[B, Q, 2k, H] (k's heads, then v's) of each piece that is no copy of the one before in
         the pages that the step names."""
         program = self._programs["append", bucket, None]
-        self.pages[layer] = program(self.pages[layer], meta.slots, kv)
+        self.pages[layer] = program(self.pages[layer], begun.meta.slots, kv)
 
-    def append_and_attend(self, layer: int, bucket: Bucket, meta: StepMetadata, qkv: Messages) -> Arrays:
+    def append_and_attend(self, layer: int, bucket: Bucket, begun: Begun, qkv: Messages) -> Arrays:
         """Both for messages qkv[B, Q, n + 2k, H] of all pieces; the cached part does not see the new
         tokens."""
         program = self._programs["both", bucket, self._kinds[layer]]
-        self.pages[layer], messages = program(self.pages[layer], self._windows[layer], meta, qkv)
+        self.pages[layer], messages = program(self.pages[layer], *self._shared(layer, begun), qkv)
         return messages
+
+    def _shared(self, layer: int, begun: Begun) -> tuple[jax.Array, SplitPlan | None, StepMetadata]:
+        """Beside pages and messages, what the cached part of a layer is computed from."""
+        return self._windows[layer], begun.plans.get(self._window_sizes[layer]), begun.meta
 
     def keep_stored(self, layer: int, slots: jax.Array | np.ndarray, stored: Messages) -> None:
         """Keep what other pages hold of a layer, arrays [T, 2, K, ...], in slots[T]; see `stored_job`."""
@@ -127,8 +140,12 @@ class AttentionShard:
             wanted["append", bucket, None] = self._append_program(bucket, meta)
         if cached:
             name = "attend" if overlap else "both"
+            planning = self._plan_program(bucket, meta)
+            if plans := planning.shapes(self._place):
+                wanted["plan", bucket, None] = planning
+            plan = next(iter(plans.values()), None)  # of all windows alike
             for kind in dict.fromkeys(self._kinds):  # most layers have the same
-                wanted[name, bucket, kind] = self._attend_program(name, bucket, kind, meta)
+                wanted[name, bucket, kind] = self._attend_program(name, bucket, kind, meta, plan)
         for key, program in wanted.items():
             if key not in self._programs:
                 self._programs[key] = program
@@ -139,39 +156,58 @@ class AttentionShard:
         pages = pages_struct(self.geometry, self._place)
         slots = jax.ShapeDtypeStruct((tokens,), np.int32, sharding=self._place)
         inputs = (pages, stored_struct(self.geometry, self._place, tokens), slots)
-        program = self._programs["pulled", (tokens, 1), None] = Compilation(keep_stored, inputs, donate=(0,))
+        program = self._programs["pulled", (tokens, 1), None] = Compilation(
+            partial(keep_stored, platform=self._platform), inputs, donate=(0,)
+        )
         return f"pulled {tokens} on {self.device}", program.compile
+
+    def _plan_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
+        g = self.geometry
+        q = jax.ShapeDtypeStruct((*bucket, g.num_heads, g.head_dim), jnp.dtype(g.wire_dtype))
+        pages, windows = pages_struct(g, self._place), tuple(dict.fromkeys(self._window_sizes))
+        plans = partial(_plans, q=q, pages=pages, windows=windows, platform=self._platform)
+        return Compilation(plans, (meta,))
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies
         kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
-        append = partial(_append, dtype=self.geometry.dtype, wire_dtype=self.geometry.wire_dtype)
         pages = pages_struct(self.geometry, self._place)
-        return Compilation(append, (pages, meta.slots, kv), donate=(0,))
+        return Compilation(self._append, (pages, meta.slots, kv), donate=(0,))
+
+    @property
+    def _platform(self) -> str | None:
+        return kernel_platform(self.geometry, self.device.platform, native=self._native)
+
+    @property
+    def _append(self) -> Callable[..., Pages]:
+        g = self.geometry
+        return partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype, platform=self._platform)
 
     def _attend_program(
-        self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata
+        self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata, plan: SplitPlan | None
     ) -> Compilation:
         g = self.geometry
-        platform = kernel_platform(g, self.device.platform, native=self._native)
         attend = partial(
             _cached_part,
             compute=self._compute_cached_part,
             kind=kind,
             dtype=g.dtype,
             wire_dtype=g.wire_dtype,
-            platform=platform,
+            platform=self._platform,
         )
         num_heads = g.num_heads // self._pieces
         kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if name == "both" else 0
         messages = self._messages(self._pieces, bucket, num_heads + kv_heads)
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
-        inputs = (pages_struct(g, self._place), window, meta, messages)
+        inputs = (pages_struct(g, self._place), window, plan, meta, messages)
         if name == "attend":
             return Compilation(attend, inputs)
-        append = partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype)
         both = partial(
-            _append_and_attend, num_heads=num_heads, copies=self._copies, append=append, cached_part=attend
+            _append_and_attend,
+            num_heads=num_heads,
+            copies=self._copies,
+            append=self._append,
+            cached_part=attend,
         )
         return Compilation(both, inputs, donate=(0,))
 
@@ -183,8 +219,8 @@ class AttentionShard:
     def footprint(self) -> Footprint:
         """The most that one of the programs compiled so far needs; its messages count as results."""
         needs = largest(self._programs.values())
-        sent = max((program.num_bytes(-1) for program in self._programs.values()), default=0)
-        return needs._replace(results=needs.results + sent)
+        sent = [program.num_bytes(-1) for (name, *_), program in self._programs.items() if name != "plan"]
+        return needs._replace(results=needs.results + max(sent, default=0))
 
     # What it holds ----------------------------------------------------------------------------------
 
@@ -194,29 +230,41 @@ class AttentionShard:
 
 
 def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) -> str | None:
-    """Which reading of paged attention a device runs; None is XLA's plain one.
+    """Whose kernels a device runs over pages of this shape; None: XLA's plain operators.
 
-    The TPU kernel copies whole tiles: 128 lanes of a head or of a page, and 16 rows of the other, 64 where
-    numbers have 8 bits. A CPU's native one, if it may be run, reads heads in steps of 16 numbers.
+    `native`: it is a CPU that may run the native ones, where they take these pages.
     """
-    if native:
-        return "native" if g.head_dim % 16 == 0 else platform
-    if platform != "tpu":
-        return platform
-    whole = g.head_dim % 128 == 0 or (g.head_dim % 16 == 0 and g.page_size % 128 == 0)
-    return platform if whole and g.page_size % (64 if g.is_quantized else 16) == 0 else None
+    readings = ("native", platform) if native else (platform,)
+    return next((each for each in readings if not refusal(each, g.dtype, g.page_size, g.head_dim)), None)
 
 
-def _append(pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str) -> Pages:
+def _append(
+    pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str, platform: str | None
+) -> Pages:
     halves = [jnp.split(from_wire(piece, wire_dtype), 2, axis=2) for piece in kv]
     k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
     k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype)
+    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype, platform=platform)
+
+
+def _plans(
+    meta: StepMetadata,
+    *,
+    q: jax.ShapeDtypeStruct,
+    pages: Any,
+    windows: tuple[int, ...],
+    platform: str | None,
+) -> dict[int, SplitPlan]:
+    """By window, what layers plan for such q and pages; nothing where the platform's kernel plans nothing."""
+    lengths = meta.context_lens, meta.page_index, meta.positions
+    plans = {window: split_plan(q, pages, *lengths, window, platform=platform) for window in windows}
+    return {window: plan for window, plan in plans.items() if plan is not None}
 
 
 def _cached_part(
     pages: Pages,
     window: jax.Array,
+    plan: SplitPlan | None,
     meta: StepMetadata,
     q: Arrays,
     *,
@@ -238,6 +286,7 @@ def _cached_part(
         softcap=kind.softcap,
         dtype=dtype,
         platform=platform,
+        plan=plan,
     )
     parts = zip(jnp.split(o.astype(wire_dtype), len(q), axis=2), jnp.split(lse, len(q), axis=2), strict=True)
     return tuple(pack_part(*part) for part in parts)
@@ -246,6 +295,7 @@ def _cached_part(
 def _append_and_attend(
     pages: Pages,
     window: jax.Array,
+    plan: SplitPlan | None,
     meta: StepMetadata,
     qkv: Arrays,
     *,
@@ -257,4 +307,4 @@ def _append_and_attend(
     # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
     # lie beyond context_lens, so the cached part does not see them.
     pages = append(pages, meta.slots, tuple(piece[:, :, num_heads:] for piece in qkv[::copies]))
-    return pages, cached_part(pages, window, meta, tuple(piece[:, :, :num_heads] for piece in qkv))
+    return pages, cached_part(pages, window, plan, meta, tuple(piece[:, :, :num_heads] for piece in qkv))

@@ -58,16 +58,19 @@ class Leases:
         threading.Thread(target=self._run, args=(lease,), name="lease", daemon=True).start()
         return lease
 
-    def measure(self, spec: WorkerSpec) -> Footprint:
+    def measure(self, spec: WorkerSpec, group: str = "") -> Footprint:
         """What the programs of such a lease need on each device, beside its pages; returns once the largest
         is compiled.
+
+        Args:
+            group: as for `take`: others of it may have leases already.
 
         Raises:
             Refused: an engine has the worker, or it is shutting down.
         """
         with self._measuring:
             with self._changed:
-                self._wait_free("")
+                self._wait_free(group)
             session = self._make_session(spec)
             compile_all(session.probe(), lambda done, total: None)
             return session.footprint

@@ -22,7 +22,7 @@ from lamina_jax.exchange.frames import Header, Kind, ProtocolError
 from lamina_jax.exchange.pull import PULL_TOKENS, read_stored
 from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.metadata import StepMetadata
-from lamina_jax.pool.shard import AttentionKind, AttentionShard, Bucket, Messages
+from lamina_jax.pool.shard import AttentionKind, AttentionShard, Begun, Bucket, Messages
 from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.gaps import Gaps
 
@@ -37,7 +37,7 @@ class _Begun:
     """A microbatch's step: its shapes, and what each device was told."""
 
     bucket: Bucket
-    told: list[StepMetadata]
+    told: list[Begun]
 
 
 class Session:

@@ -6,6 +6,7 @@ attention among themselves (the local part), or of merging the two.
 
 from __future__ import annotations
 
+import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -17,12 +18,23 @@ from pallas_kernels.paged_attention.contract import (
     logical_dtype,
 )
 from pallas_kernels.paged_attention.cpu import paged_attention_cpu
-from pallas_kernels.paged_attention.gpu import paged_attention_gpu
+from pallas_kernels.paged_attention.gpu import paged_attention_gpu, split_plan_gpu
+from pallas_kernels.paged_attention.gpu_plan import SplitPlan
 from pallas_kernels.paged_attention.native import paged_attention_native
 from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.taken import refusal
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 
-__all__ = ["NO_PAGE", "PLATFORMS", "Pages", "QuantizedPages", "paged_attention"]
+__all__ = [
+    "NO_PAGE",
+    "PLATFORMS",
+    "Pages",
+    "QuantizedPages",
+    "SplitPlan",
+    "paged_attention",
+    "refusal",
+    "split_plan",
+]
 
 PLATFORMS = ("cpu", "native", "gpu", "tpu")
 
@@ -40,6 +52,7 @@ def paged_attention(
     softcap: float | None = None,
     dtype: DTypeLike | None = None,
     platform: str | None = None,
+    plan: SplitPlan | None = None,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "B Q N H"], Float32[Array, "B Q N"]]:
     """Attention of Q new tokens for each of B requests over the cached tokens that `pages` hold.
@@ -71,9 +84,9 @@ def paged_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         dtype: what the pages hold; needed where they are uint16.
         platform: "cpu", "native" (a CPU's, `pallas_kernels.native.load` comes first), "gpu" or "tpu": the
-            reading written for it; None: plain XLA operators, for any platform. Two narrow the shapes:
-            "tpu" (H % 16 = 0; H or p % 128 = 0; p % 8 = 0 in float32, 16 in bfloat16, 64 in 8 bits; no
-            float16, no bits as uint16) and "native" (H % 16 = 0; no float16).
+            reading written for it; None: plain XLA operators, for any platform. "tpu" and "native" take
+            some pages only: `refusal` says which.
+        plan: of `split_plan`, for programs of layers that share it; None: made here.
         interpret: run the Pallas kernel of "gpu" or "tpu" in interpret mode, on any device.
 
     Returns:
@@ -90,14 +103,37 @@ def paged_attention(
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}")
     if interpret and platform not in ("gpu", "tpu"):
         raise ValueError(f"interpret=True needs a Pallas kernel: platform='gpu' or 'tpu', got {platform!r}")
+    if plan is not None and platform != "gpu":
+        raise ValueError(f"only platform='gpu' takes a plan, got one for {platform!r}: leave plan out")
     if platform == "tpu":
         return paged_attention_tpu(q, pages, *where, scale=scale, softcap=softcap, interpret=interpret)
     if platform == "gpu":
         return paged_attention_gpu(
-            q, pages, *where, scale=scale, softcap=softcap, dtype=held, interpret=interpret
+            q, pages, *where, scale=scale, softcap=softcap, dtype=held, plan=plan, interpret=interpret
         )
     if platform == "native":
         return paged_attention_native(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
     if platform == "cpu":
         return paged_attention_cpu(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
     return paged_attention_reference(q, pages, *where, scale=scale, softcap=softcap, dtype=held)
+
+
+def split_plan(
+    q: Float[Array | jax.ShapeDtypeStruct, "B Q N H"],
+    pages: Pages | jax.ShapeDtypeStruct,
+    context_lens: Int32[Array, "B"],
+    page_index: Int32[Array, "B M"],
+    q_positions: Int32[Array, "B Q"],
+    window: Int32[Array, ""] | int,
+    *,
+    platform: str | None,
+    interpret: bool = False,
+) -> SplitPlan | None:
+    """What `paged_attention` with these arguments works out before it reads a page; None: nothing.
+
+    Calls may share it that differ in the numbers in q and pages, in block tables, scale and softcap alone. Of
+    q and pages only shapes and dtypes matter: inside `jax.shard_map`, those of a device's own share.
+    """
+    if platform != "gpu":
+        return None
+    return split_plan_gpu(q, pages, context_lens, page_index, q_positions, window, interpret=interpret)

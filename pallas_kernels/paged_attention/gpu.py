@@ -70,9 +70,9 @@ def choose_tiling(num_rows: int, head_dim: int, itemsize: int) -> Tiling:
     return Tiling(rows, block, stages)
 
 
-def split_plan(
-    q: Float[Array, "B Q N H"],
-    pages: Pages,
+def split_plan_gpu(
+    q: Float[Array | jax.ShapeDtypeStruct, "B Q N H"],
+    pages: Pages | jax.ShapeDtypeStruct,
     context_lens: Int32[Array, "B"],
     page_index: Int32[Array, "B M"],
     q_positions: Int32[Array, "B Q"],
@@ -80,8 +80,7 @@ def split_plan(
     *,
     interpret: bool = False,
 ) -> SplitPlan:
-    """What `paged_attention_gpu` plans where it is given no plan; all layers with the same shapes, lengths
-    and window may share it. The arguments are those of `paged_attention`."""
+    """See `pallas_kernels.split_plan`."""
     _, _, K, page_size, H = pages.shape
     R = q.shape[1] * (q.shape[2] // K)
     values = pages.values if isinstance(pages, QuantizedPages) else pages
@@ -119,16 +118,21 @@ def paged_attention_gpu(
     uint8 do not.
 
     Args:
-        plan: of `split_plan`; None makes one here.
+        plan: of `split_plan_gpu`; None makes one here.
 
     Raises:
-        ValueError: a pool whose values Pallas-Triton cannot address.
+        ValueError: a pool whose values Pallas-Triton cannot address, or a plan for another batch.
     """
     values, scales = pages if isinstance(pages, QuantizedPages) else (pages, None)
     _check_addressable(values)
     Q, K, H = q.shape[1], pages.shape[2], q.shape[3]
     if plan is None:
-        plan = split_plan(q, pages, context_lens, page_index, q_positions, window, interpret=interpret)
+        plan = split_plan_gpu(q, pages, context_lens, page_index, q_positions, window, interpret=interpret)
+    if plan.request_parts.shape[0] != q.shape[0] + 1:
+        raise ValueError(
+            f"q has {q.shape[0]} requests, but the plan is of {plan.request_parts.shape[0] - 1}: "
+            "each shape of q needs a plan of its own"
+        )
     rows = fold_queries(q, K).astype(dtype if scales is None else jnp.bfloat16)
     R = rows.shape[2]
     tiling = choose_tiling(R, H, values.dtype.itemsize)

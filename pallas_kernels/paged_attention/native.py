@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels.paged_attention.contract import Pages, QuantizedPages
+from pallas_kernels.paged_attention.taken import check_taken
 
 
 def paged_attention_native(
@@ -30,10 +31,7 @@ def paged_attention_native(
     Raises:
         ValueError: a head dimension or a dtype that the kernel does not take.
     """
-    if pages.shape[4] % 16:
-        raise ValueError(f"the native kernel takes head dimensions that 16 divides, got {pages.shape[4]}")
-    if dtype == jnp.float16:
-        raise ValueError("the native kernel takes no float16 pages: use platform='cpu'")
+    check_taken("native", pages, dtype)
     stored, scales = _stored(pages)
     B, Q, N, _ = q.shape
     call = jax.ffi.ffi_call(

@@ -29,11 +29,11 @@ from pallas_kernels.paged_attention.contract import (
     unfold_queries,
     visited_entries,
 )
+from pallas_kernels.paged_attention.taken import check_taken
 from pallas_kernels.paged_attention.tpu_kernel import LOG2_E, Scoring, attend_item
 from pallas_kernels.paged_attention.tpu_plan import LANES, Blocks, Chip, choose_blocks, this_chip
 from pallas_kernels.paged_attention.tpu_ring import Work
 
-_STORED = ("float32", "bfloat16", "int8", "float8_e4m3fn", "uint8")
 # Of the one MiB of scalar memory, what the tables may take.
 _TABLE_BYTES = 768 << 10
 
@@ -58,7 +58,7 @@ def paged_attention_tpu(
     Raises:
         ValueError: a dtype, a head dimension or a page size that the kernel does not take.
     """
-    _check(pages)
+    check_taken("tpu", pages)
     B, M = block_tables.shape
     call = functools.partial(
         _paged_attention,
@@ -274,27 +274,3 @@ def _whole(pieces: Float32[Array, "I T ..."], B: int, Q: int) -> Float32[Array, 
 
 def _product_dtype(stored: Any) -> Any:
     return jnp.float32 if stored.dtype == jnp.float32 else jnp.bfloat16
-
-
-def _check(pages: Pages) -> None:
-    quantized = isinstance(pages, QuantizedPages)
-    dtype = pages.values.dtype if isinstance(pages, QuantizedPages) else pages.dtype
-    if dtype.name not in _STORED:
-        raise ValueError(f"on a tpu pages must be {', '.join(_STORED)}, got {dtype}")
-    page_size, head_dim = pages.shape[3:]
-    multiple = 64 if quantized else 8 if dtype == jnp.float32 else 16
-    if page_size % multiple:
-        raise ValueError(
-            f"page size {page_size} is no multiple of {multiple}, which {dtype} pages need on a tpu: choose "
-            "one that is, such as 64 or 128"
-        )
-    if head_dim % LANES and page_size % LANES:
-        raise ValueError(
-            f"head dimension {head_dim} and page size {page_size}: on a tpu one must be a multiple of "
-            f"{LANES}, the lanes of a tile, or every call copies all pages: choose page size {LANES}"
-        )
-    if head_dim % 16:
-        raise ValueError(
-            f"head dimension {head_dim} is no multiple of 16, which a tpu needs: pad pages and q, or use "
-            "platform=None, which takes any"
-        )

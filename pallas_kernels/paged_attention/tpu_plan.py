@@ -91,13 +91,13 @@ def choose_blocks(
     """
     tokens = _query_tokens(chip, Q, G, K, H)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * tokens * G <= SUBLANES))
-    rows = _round_up(heads * tokens * G, SUBLANES)
+    rows = round_up(heads * tokens * G, SUBLANES)
 
     turn_tokens = min(
         max(LANES, _TURN_WORK // K), _MOST_PAGES * p, entries * p, max(LANES, _MOST_SCORES // rows)
     )
     # Whole vectors of scores.
-    turn_tokens = _round_up(turn_tokens, math.lcm(p, LANES))
+    turn_tokens = round_up(turn_tokens, math.lcm(p, LANES))
     on_their_way = chip.bytes_per_s * _LATENCY_S
     depth = 1 + math.ceil(on_their_way / (turn_tokens * token_bytes))
     fewest, most = _DEPTHS
@@ -107,11 +107,12 @@ def choose_blocks(
 def _query_tokens(chip: Chip, Q: int, G: int, K: int, H: int) -> int:
     """As many as let the rows take a quarter of VMEM, in equal tiles."""
     # q and o twice, for the pipeline of items, lse twice, and a sum
-    row_bytes = K * (2 * (4 + 4) * _round_up(H, LANES) + 3 * 4 * LANES)
+    row_bytes = K * (2 * (4 + 4) * round_up(H, LANES) + 3 * 4 * LANES)
     rows = min(chip.vmem_bytes // 4 // row_bytes, _MOST_ROWS)
     tiles = math.ceil(Q / max(1, rows // G))
     return math.ceil(Q / tiles)
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not less than n."""
     return -(-n // multiple) * multiple

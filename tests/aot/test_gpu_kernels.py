@@ -50,6 +50,24 @@ def test_paged_attention_compiles_without_spills(gpu: str, dtype: str, changes: 
     assert needed.spilled == 0, needed
 
 
+def test_the_layers_of_one_program_plan_once() -> None:
+    """As in a collocated step: XLA finds that all layers with one window sort the same edges."""
+    if lacking := missing("cuda"):
+        pytest.skip(f"not installed: {', '.join(lacking)}")
+    (device,) = Topology("h100:1").devices()
+
+    @jax.jit
+    def step(q: jax.Array, pages: jax.Array, *where: jax.Array) -> jax.Array:
+        *lengths, _ = where
+        for window in (2**30, 100, 2**30, 100):
+            q, _ = paged_attention(q, pages, *lengths, window, scale=0.1, platform="gpu")
+        return q
+
+    operands = described(device, "bfloat16", **SHAPE)
+    compiled = step.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+    assert compiled.as_text().count(" sort(") == 2
+
+
 def described(
     device: jax.Device, dtype: str, *, B: int, Q: int, K: int, G: int, H: int, p: int, M: int
 ) -> tuple[jax.ShapeDtypeStruct | QuantizedPages, ...]:

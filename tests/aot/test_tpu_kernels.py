@@ -1,4 +1,4 @@
-"""The TPU's kernel compiles for every generation, copies no pool, and keeps its innermost loop short."""
+"""The TPU's kernels compile for every generation and copy no pool; attention's innermost loop is short."""
 
 from __future__ import annotations
 
@@ -42,13 +42,28 @@ BUNDLES = {
 }
 
 
-def case(chip: str, dtype: str, **sizes: int) -> dict[str, Any]:
-    return {"chip": chip, "dtype": dtype, **sizes}
+APPENDED: tuple[dict[str, int], ...] = (
+    # The most that XLA writes, and by the kernel what XLA would copy.
+    {"T": 512},
+    {"T": 1024},
+    {"H": 64},
+    {"K": 1, "p": 16},
+)
+
+
+def case(chip: str, dtype: str, *, kernel: str = "attention", **sizes: int) -> dict[str, Any]:
+    return {"kernel": kernel, "chip": chip, "dtype": dtype, **sizes}
 
 
 CASES = [
     *(case(chip, dtype) for chip in CHIPS for dtype in DTYPES),
     *(case("v6e", "bfloat16", **shape) for shape in SHAPES),
+    *(case(chip, dtype, kernel="append") for chip in CHIPS for dtype in DTYPES),
+    *(case(chip, "bfloat16", kernel="append", **shape) for chip in ("v5e", "v5p") for shape in APPENDED),
+    *(
+        case("v6e", "int8", kernel="append", **shape)
+        for shape in ({"T": 1024}, {"H": 80}, {"K": 1}, {"p": 64})
+    ),
 ]
 
 
@@ -81,7 +96,7 @@ def _of_chip(chip: str) -> dict[int, dict[str, Any]]:
 def test_compiles_without_a_copy_of_the_pool(wanted: dict[str, Any]) -> None:
     answer = compiled(wanted)
     assert "error" not in answer, answer["error"]
-    assert answer["temporaries"] < answer["pages"] / 4, answer
+    assert answer["temporaries"] < answer["pages"] / 8, answer
 
 
 @pytest.mark.aot

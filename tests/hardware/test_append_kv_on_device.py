@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,10 +26,9 @@ def empty_pages(dtype: str) -> Any:
     return QuantizedPages(jnp.zeros((P, 2, K, p, H), dtype), jnp.zeros((P, 2, K, p), jnp.float32))
 
 
-@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_tokens_are_kept_in_their_slots_without_a_copy(dtype: str, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+def test_tokens_are_kept_in_their_slots_without_a_copy(platform: str, dtype: str, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     given = jnp.dtype(dtype if dtype in ("float32", "bfloat16") else "bfloat16")
     k, v = rng.standard_normal((2, tokens, K, H)).astype(given)
@@ -39,7 +39,8 @@ def test_tokens_are_kept_in_their_slots_without_a_copy(dtype: str, tokens: int) 
 
     pages = empty_pages(dtype)
     pool_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(pages))
-    program = jax.jit(append_kv, donate_argnums=0).lower(pages, k, v, slots).compile()
+    append = functools.partial(append_kv, platform=platform)
+    program = jax.jit(append, donate_argnums=0).lower(pages, k, v, slots).compile()
     assert program.memory_analysis().temp_size_in_bytes < pool_bytes / 4
     kept = dequantized(program(pages, k, v, slots)).transpose(0, 3, 1, 2, 4).reshape(P * p, 2, K, H)
 

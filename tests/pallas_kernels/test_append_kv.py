@@ -11,22 +11,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import append_kv, paged_attention
+from pallas_kernels import QuantizedPages, append_kv, paged_attention
+from pallas_kernels.append_kv.tpu import must_put_rows, put_rows
+from pallas_kernels.paged_attention.tpu_plan import Chip
 
 
 def bits(array: jax.Array | np.ndarray) -> np.ndarray:
     array = np.asarray(array)
-    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
 @st.composite
 def slot_lists(draw: st.DrawFn, slots: int, T: int) -> list[int]:
-    """T slots, each at most once, except what is out of range: padding repeats it."""
-    inside = draw(st.lists(st.integers(0, slots - 1), unique=True, max_size=T))
+    """T slots, each at most once, except what is out of range: padding repeats it. Some are neighbours."""
+    first = draw(st.integers(0, slots - 1))
+    run = range(first, min(first + draw(st.integers(0, T)), slots))
+    others = draw(st.lists(st.integers(0, slots - 1), unique=True, max_size=T))
+    inside = list(dict.fromkeys([*run, *others]))[:T]
     outside = st.sampled_from([slots, slots + 5, 2**31 - 1, -1, -slots])
-    return draw(st.permutations(inside + [draw(outside) for _ in range(T - len(inside))]))
+    every = inside + [draw(outside) for _ in range(T - len(inside))]
+    return draw(st.one_of(st.just(every), st.permutations(every)))
 
 
 def append_in_a_loop(pages: np.ndarray, k: np.ndarray, v: np.ndarray, slots: Sequence[int]) -> np.ndarray:
@@ -136,3 +143,97 @@ def test_append_then_attend_copies_no_pool() -> None:
         # Reading first is what this test must be able to notice.
         assert copies_pool != append_first
     jax.tree.map(np.testing.assert_array_equal, outputs[True], outputs[False])
+
+
+# The kernel of a TPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "H", "chip"),
+    [
+        (np.float32, 16, 128, Chip()),
+        (jnp.bfloat16, 32, 128, Chip()),
+        # The ring holds two tiles, and the tokens are put 32 at a time.
+        (np.int8, 64, 128, Chip(vmem_bytes=1 << 14)),
+        (np.uint8, 128, 64, Chip()),
+        # Scales.
+        (np.float32, 256, None, Chip(vmem_bytes=1 << 14)),
+        (np.float32, 64, None, Chip()),
+        (np.float32, 192, None, Chip()),
+    ],
+)
+def test_put_rows_equals_a_loop(dtype: type, p: int, H: int | None, chip: Chip) -> None:
+    P, K, T = 3, 2, 40
+    program = jax.jit(functools.partial(put_rows, chip=chip, interpret=True))
+
+    @settings(max_examples=20)
+    @given(slots=slot_lists(P * p, T), seed=st.integers(0, 2**32 - 1))
+    def equals_a_loop(slots: list[int], seed: int) -> None:
+        pages, rows = made_rows(seed, dtype, P, K, p, H, T)
+        got = program(pages, rows, np.array(slots, np.int32))
+        np.testing.assert_array_equal(bits(got), bits(put_in_a_loop(pages, rows, slots)))
+
+    equals_a_loop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # a semaphore that is never signalled waits for ever
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_no_copy_meets_another(tokens: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Copies run beside the kernel; a race is printed by JAX, not raised."""
+    pages, rows = made_rows(0, np.float32, 10, 1, 8, 128, 10)
+    slots = [*(8 * i + i % 3 for i in range(tokens)), *(-1,) * (10 - tokens)]
+    interpret = pltpu.InterpretParams(detect_races=True)
+    got = put_rows(jnp.array(pages), jnp.array(rows), jnp.array(slots, jnp.int32), interpret=interpret)
+    np.testing.assert_array_equal(got, put_in_a_loop(pages, rows, slots))
+    assert "RACE" not in capfd.readouterr().out
+
+
+def made_rows(
+    seed: int, dtype: type, P: int, K: int, p: int, H: int | None, T: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rng, end = np.random.default_rng(seed), () if H is None else (H,)
+    pages = 50 * rng.standard_normal((P, 2, K, p, *end))
+    return pages.astype(dtype), (50 * rng.standard_normal((T, 2, K, *end))).astype(dtype)
+
+
+def put_in_a_loop(pages: np.ndarray, rows: np.ndarray, slots: Sequence[int]) -> np.ndarray:
+    with_end = (pages, rows) if pages.ndim == 5 else (pages[..., None], rows[..., None])
+    k, v = with_end[1][:, 0], with_end[1][:, 1]
+    return append_in_a_loop(with_end[0], k, v, slots).reshape(pages.shape)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+@pytest.mark.parametrize("p", [64, 128])
+def test_quantised_pages_are_those_of_xla(dtype: type, p: int) -> None:
+    P, K, H, T = 2, 2, 128, 5
+    pages = QuantizedPages(jnp.zeros((P, 2, K, p, H), dtype), jnp.zeros((P, 2, K, p)))
+    k, v = np.random.default_rng(0).standard_normal((2, T, K, H)).astype(jnp.bfloat16)
+    slots = np.array([p - 1, p, -1, 2 * p - 1, 0], np.int32)
+    programs = jax.jit(append_kv), jax.jit(functools.partial(append_kv, platform="tpu", interpret=True))
+    kept, got = (program(pages, k, v, slots) for program in programs)
+    jax.tree.map(np.testing.assert_array_equal, got, kept)
+
+
+def test_heads_on_several_devices_of_a_tpu() -> None:
+    mesh, p = Mesh(np.array(jax.devices()[:2]), ("kv",)), 128
+    page_heads, token_heads = PartitionSpec(None, None, "kv"), PartitionSpec(None, "kv")
+    pages, rows = made_rows(0, np.float32, 2, 2, p, 64, 4)
+    slots = np.array([3, 2 * p - 1, 2 * p, 4], np.int32)
+    sharded = jax.shard_map(
+        functools.partial(append_kv, platform="tpu", interpret=True),
+        mesh=mesh,
+        in_specs=(page_heads, token_heads, token_heads, PartitionSpec()),
+        out_specs=page_heads,
+        check_vma=False,  # the interpreter's own loops do not keep to it
+    )
+    got = jax.jit(sharded)(pages, rows[:, 0], rows[:, 1], slots)
+    np.testing.assert_array_equal(got, put_in_a_loop(pages, rows, slots))
+
+
+def test_xla_puts_what_it_puts_in_place() -> None:
+    wide, narrow = jnp.zeros((1, 2, 1, 128, 128), jnp.bfloat16), jnp.zeros((1, 2, 1, 128, 64), jnp.bfloat16)
+    assert [must_put_rows(wide, tokens) for tokens in (1, 512, 1024)] == [False, False, True]
+    assert must_put_rows(narrow, 1)
+    assert must_put_rows(wide.astype(jnp.int8), 1)
+    assert must_put_rows(jnp.zeros((1, 2, 1, 64)), 1)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from paged_cases import NO_WINDOW, Case, attend, cases, check, make_case, quantized, shapes
 
-from pallas_kernels import QuantizedPages, paged_attention
-from pallas_kernels.paged_attention.gpu import choose_tiling, paged_attention_gpu, split_plan
+from pallas_kernels import QuantizedPages, paged_attention, split_plan
+from pallas_kernels.paged_attention.gpu import choose_tiling
 from pallas_kernels.paged_attention.gpu_merge import PARTS_AT_A_TIME, merge_parts
 from pallas_kernels.paged_attention.gpu_plan import SplitPlan, plan_splits
 
@@ -116,12 +116,28 @@ def test_heads_on_several_devices() -> None:
 
 
 def test_a_plan_made_beforehand_serves() -> None:
-    case = one_case(contexts=[0, 0, 130])
-    q, pages, block_tables, *where = case.operands
+    """Made from shapes, for one of several windows of the same program."""
+    interpreted = {"platform": "gpu", "interpret": True}
+    layer = jax.jit(functools.partial(paged_attention, **one_case().options, **interpreted))
+    for window, contexts in ((NO_WINDOW, [0, 0, 130]), (70, [0, 197, 320]), (1, [5, 64, 65])):
+        case = one_case(window=window, contexts=contexts)
+        q, pages, _, *where = case.operands
+        shapes = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, pages))
+        plan = jax.jit(functools.partial(split_plan, *shapes, **interpreted))(*where)
+        check(case, layer(*case.operands, plan=plan))
 
-    plan = jax.jit(functools.partial(split_plan, interpret=True))(q, pages, *where)
-    layer = functools.partial(paged_attention_gpu, **case.options, dtype=pages.dtype, interpret=True)
-    check(case, jax.jit(layer)(q, pages, block_tables, *where, plan=plan))
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    q, pages, tables, *where = one_case().operands
+    assert split_plan(q, pages, *where, platform="tpu") is None
+    plan = jax.eval_shape(functools.partial(split_plan, platform="gpu", interpret=True), q, pages, *where)
+    call = functools.partial(paged_attention, scale=0.1, plan=plan)
+    with pytest.raises(ValueError, match="only platform='gpu' takes a plan, got one for 'cpu'"):
+        call(q, pages, tables, *where, platform="cpu")
+    lens, places, positions, window = where
+    fewer = q[:2], pages, tables[:2], lens[:2], places[:2], positions[:2], window
+    with pytest.raises(ValueError, match="q has 2 requests, but the plan is of 3"):
+        call(*fewer, platform="gpu", interpret=True)
 
 
 @pytest.mark.parametrize("programs", [1, 7])

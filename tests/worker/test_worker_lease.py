@@ -52,9 +52,10 @@ def test_what_a_lease_would_need_is_measured_while_nobody_has_the_worker(start_w
     assert client.measure(SPEC) == EchoSession.footprint
     with pytest.raises(WorkerError, match=r"out of tape$"):
         client.measure(spec(page_size=2))
-    client.lease(SPEC)
+    client.lease(SPEC, group="hosts")
     with pytest.raises(WorkerError, match="held by another engine"):
         client.measure(SPEC)
+    assert client.measure(SPEC, group="hosts") == EchoSession.footprint  # the next host of the same engine
 
 
 def test_a_lease_reports_compiles_and_answers(start_worker: StartWorker) -> None:

@@ -1,0 +1,213 @@
+"""What each compute host sends, receives and does in a step, against compute hosts and attention workers.
+
+All are processes of this machine, so that bytes and messages count here, and times only beside each other. A
+model of random weights decodes one batch for so many tokens, and one for twice as many: what the second
+adds is steps of decoding alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lamina_jax.benchmarks.checkpoints import random_checkpoint
+from lamina_jax.benchmarks.server_process import cpu_seconds, descendants, serving
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.cluster.forecast import wire_bytes
+from lamina_jax.config import EngineConfig
+from lamina_jax.models import ModelConfig
+from lamina_jax.pool.geometry import geometry_of, head_table
+
+MODEL = ModelConfig(
+    family="qwen3",
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=4,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=64,
+    max_position=1024,
+    tie_embeddings=True,
+    dtype="float32",
+)
+FLAGS = ("--max-model-len", "256", "--page-size", "16", "--prefill-stall-ms", "inf", "--microbatches", "1")
+BATCH, TOKENS = 8, 64
+
+TRAFFIC_SECONDS = 1.5
+"""Until every compute host has told host 0 what it has exchanged."""
+
+ANSWER_SECONDS = 300.0
+END_SECONDS = 10.0
+
+Counters = dict[str, float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hosts", type=int, nargs="+", default=[1, 2, 4], help="compute hosts (default 1 2 4)"
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2, 4], help="attention workers (default 1 2 4)"
+    )
+    parser.add_argument("--partition", choices=("heads", "requests", "tokens"), default="heads")
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a table; the results as plain dicts."""
+    results = []
+    with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
+        folder = random_checkpoint(MODEL, Path(scratch))
+        for hosts, workers in product(args.hosts, args.workers):
+            print(f"starting: {hosts} compute hosts, {workers} attention workers", file=sys.stderr)
+            per_host = measure(str(folder), hosts, workers, args.partition)
+            formula = expected_bytes(hosts, workers, args.partition)
+            results.append({"hosts": hosts, "workers": workers, "formula": formula, "per_host": per_host})
+    print(
+        f"{MODEL.num_layers} layers, {MODEL.num_heads} query and {MODEL.num_kv_heads} KV heads of "
+        f"{MODEL.head_dim}, float32; batch {BATCH}, partition={args.partition}; of a step\n"
+    )
+    print(table(results))
+    return results
+
+
+def expected_bytes(hosts: int, workers: int, partition: str) -> int:
+    """Of q, k, v, o and lse that a step of decoding moves, over all hosts."""
+    heads = head_table(MODEL.num_heads, MODEL.num_kv_heads, hosts, workers if partition == "heads" else 1)
+    geometry = geometry_of(EngineConfig(), MODEL)
+    return wire_bytes(geometry, BATCH, workers, heads.pieces, by_token=partition == "tokens")
+
+
+def measure(model: str, hosts: int, workers: int, partition: str) -> list[Counters]:
+    """Of each compute host, per step: tensor bytes and messages, metadata bytes, CPU milliseconds."""
+    ports = free_ports(workers + 1)
+    coordinator, *addresses = (f"127.0.0.1:{port}" for port in ports)
+    flags = [
+        *FLAGS,
+        "--max-num-seqs",
+        str(BATCH),
+        "--attention",
+        ",".join(addresses),
+        "--partition",
+        partition,
+    ]
+    with ExitStack() as ends:
+        for address in addresses:
+            attend = ["attend", "--listen", address, "--devices", "cpu:0", "--memory-fraction", "0.05"]
+            ends.enter_context(running(*attend))
+        followers = []
+        if hosts > 1:
+            flags += ["--coordinator", coordinator, "--num-hosts", str(hosts)]
+            followers = [
+                ends.enter_context(running("serve", model, *flags, "--host-id", str(host)))
+                for host in range(1, hosts)
+            ]
+            flags += ["--host-id", "0"]
+        server = ends.enter_context(serving(model, flags))
+        engines = [descendants(server.process.pid)[0], *(follower.pid for follower in followers)]
+        counted = [counters(server.url, engines, tokens) for tokens in (TOKENS, TOKENS, 2 * TOKENS)]
+    return [decoding(*host) for host in zip(*counted, strict=True)]
+
+
+def decoding(warm: Counters, once: Counters, twice: Counters) -> Counters:
+    """Per step of decoding: what a batch of twice as many tokens adds."""
+    added = {name: (twice[name] - once[name]) - (once[name] - warm[name]) for name in warm}
+    return {name: value / added["steps"] for name, value in added.items() if name != "steps"}
+
+
+def counters(url: str, engines: Sequence[int], tokens: int) -> list[Counters]:
+    """After a batch of so many tokens each, the sums so far of each host, whose processes are `engines`."""
+    body = {"prompt": [1, 2, 3], "n": BATCH, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    fetch(f"{url}/v1/completions", {**body, "model": fetch(f"{url}/v1/models")["data"][0]["id"]})
+    time.sleep(TRAFFIC_SECONDS)
+    stats = fetch(f"{url}/stats")
+    found = stats.get("compute_hosts") or [stats]
+    return [
+        {
+            "steps": stats["steps"],
+            "bytes": host["wire_bytes_per_step"] * stats["steps"],
+            "messages": host["wire_messages_per_step"] * stats["steps"],
+            "metadata": host["wire_metadata_bytes_per_step"] * stats["steps"],
+            "cpu_ms": 1e3 * cpu_seconds(engine),
+        }
+        for host, engine in zip(found, engines, strict=True)
+    ]
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A row for each cell: all hosts' bytes, and the most that any host has of anything."""
+    rows = []
+    for result in results:
+        per_host = result["per_host"]
+        most = {name: max(host[name] for host in per_host) for name in per_host[0]}
+        total = sum(host["bytes"] for host in per_host)
+        rows.append(
+            [
+                f"{result['hosts']} x {result['workers']}",
+                f"{total:,.0f}",
+                f"{result['formula']:,}",
+                f"{most['bytes']:,.0f}",
+                f"{per_host[0]['bytes'] / total:.3f}",
+                f"{most['messages']:.1f}",
+                f"{most['metadata']:,.0f}",
+                f"{most['cpu_ms']:.1f}",
+            ]
+        )
+    header = [
+        "hosts x workers",
+        "bytes, all hosts",
+        "formula",
+        "of the busiest",
+        "of host 0",
+        "messages",
+        "metadata bytes",
+        "CPU ms",
+    ]
+    return format_table(header, rows)
+
+
+@contextmanager
+def running(module: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of ours, quiet unless it fails; ends with the block."""
+    command = [sys.executable, "-m", f"lamina_jax.{module}", *arguments]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            yield process
+        except BaseException:
+            said.seek(0)
+            sys.stderr.write(said.read()[-4096:].decode(errors="replace"))
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(END_SECONDS)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nothing listens on now."""
+    with ExitStack() as held:
+        taken = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in taken]
+
+
+def fetch(url: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON that a GET, or a POST of `body`, gives."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        return json.load(answer)
