@@ -10,17 +10,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.pin import check_cores, pin
 from lamina_jax.cluster.processes import Cluster, Process
-from lamina_jax.config import ConfigError, EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.config import CheckpointError, ConfigError, EngineConfig, SecurityConfig, ServerConfig
+from lamina_jax.core import WorkerLost
 from lamina_jax.flags import Parser, add_flags, from_flags
+from lamina_jax.hosts.detect import placed_by
 from lamina_jax.server.api_keys import read_keys
-from lamina_jax.server.engine_host import EngineProcess
+from lamina_jax.server.engine_host import SERVERS_SIGNALS, EngineProcess
 from lamina_jax.server.listener import listen
 from lamina_jax.server.messages import Start
 
@@ -51,6 +56,7 @@ def by_flags(options: argparse.Namespace, engine: EngineConfig, server: ServerCo
         raise ConfigError("--role prefill and --listen HOST:PORT belong together: give both, or neither")
     if options.role == "prefill":
         return prefill(engine, options.listen)
+    engine = placed_by(engine, os.environ)
     return follow(engine) if engine.host_id else serve(engine, server)
 
 
@@ -79,8 +85,42 @@ def become(process: Process) -> None:
 
 
 def follow(config: EngineConfig) -> int:
-    """Be a compute host that host 0 leads; the exit code."""
-    raise ConfigError(f"host_id={config.host_id}: several compute hosts are not supported yet")
+    """Be a compute host that host 0 leads: until that ends, or is lost. Ends this process.
+
+    At a signal it waits for host 0 to end, which drains; a second one ends it at once.
+    """
+    from lamina_jax.hosts.alarm import Alarm, leave
+    from lamina_jax.server.log_format import configure_logging
+
+    configure_logging()
+    alarm = Alarm()
+
+    def take(number: int, frame: FrameType | None) -> None:
+        if alarm.code == 0 or not alarm.armed:
+            leave(128 + number)
+        alarm.code = 0
+        print("ending with host 0; a second signal ends at once", file=sys.stderr, flush=True)
+
+    for number in SERVERS_SIGNALS:
+        signal.signal(number, take)
+    try:
+        from lamina_jax.engine.build import run_follower
+
+        run_follower(config, alarm, progress)
+    except (CheckpointError, ConfigError, WorkerLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)  # JAX would wait for the other hosts
+    return 0
+
+
+def progress(phase: str, done: int, total: int) -> None:
+    """One line of each phase, at its beginning."""
+    if not done:
+        print(f"{phase}{f', {total} in all' if total else ''}", file=sys.stderr, flush=True)
 
 
 def prefill(config: EngineConfig, listen: str) -> int:
@@ -90,10 +130,6 @@ def prefill(config: EngineConfig, listen: str) -> int:
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Cluster | None = None) -> int:
     """Serve one model, as the engine of `cluster` if there is one; the exit code."""
-    if engine_config.coordinator is not None:
-        raise ConfigError(
-            f"coordinator={engine_config.coordinator}: several compute hosts are not supported yet"
-        )
     if engine_config.prefill is not None:
         raise ConfigError(f"prefill={engine_config.prefill}: prefill hosts are not supported yet")
     try:

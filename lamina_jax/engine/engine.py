@@ -27,7 +27,7 @@ from lamina_jax.core import (
 )
 from lamina_jax.engine.outage import Outage
 from lamina_jax.engine.outputs import Choice, PromptOutput, logprobs_at, prompt_logprobs_of
-from lamina_jax.engine.runner import ModelRunner, RecoverableRunner
+from lamina_jax.engine.runner import ClosableRunner, ModelRunner, RecoverableRunner
 from lamina_jax.engine.sampling_rows import check_edits
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.weights.tokenizer import Tokenizer
@@ -248,9 +248,9 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Give attention workers back; nothing can be dispatched any more."""
-        if self._recoverable is not None:
-            self._recoverable.close()
+        """Give back what the runner holds: attention workers; nothing can be dispatched any more."""
+        if isinstance(self.runner, ClosableRunner):
+            self.runner.close()
 
     def _end_running(self, error: str) -> list[RequestOutput]:
         """End with an error all requests of which something ran; nothing is in flight any more."""

@@ -26,6 +26,8 @@ from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
 from lamina_jax.exchange.trace import write_trace
+from lamina_jax.hosts.member import Member
+from lamina_jax.hosts.messages import Traffic
 from lamina_jax.pool.shares import HeadShare, host_shares, host_table
 from lamina_jax.pool.spec import WorkerSpec
 
@@ -44,11 +46,7 @@ class RemoteMemory:
     Of several compute hosts each leases the workers' devices that hold heads of its own.
 
     Args:
-        host, hosts: which compute host this is, of how many.
-
-    Attributes:
-        group: of the leases of all compute hosts; to be set before `open`, where there are several.
-        on_lost: told why, in a thread of gRPC, when a worker is lost.
+        member: which compute host this is, of how many; None: the only one.
 
     Raises:
         ConfigError: workers that cannot be used, or not together.
@@ -61,11 +59,11 @@ class RemoteMemory:
         report: Callable[[str, int, int], None],
         *,
         num_kv_heads: int,
-        host: int = 0,
-        hosts: int = 1,
+        member: Member | None = None,
     ) -> None:
-        self.group, self._host, self._hosts = "", host, hosts
-        self.on_lost: Callable[[str], None] = lambda reason: None
+        self._member = member
+        self._write_trace: Callable[[], object] = lambda: None
+        self._host, self._hosts = (member.host_id, member.num_hosts) if member else (0, 1)
         addresses = [address.strip() for address in (config.attention or "").split(",")]
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
@@ -115,7 +113,9 @@ class RemoteMemory:
         )
         self._exchange = exchange
         timed = self.timings is not None
-        self._start = partial(_Taking, kind=self._config.exchange, timed=timed, group=self.group)
+        self._start = partial(
+            _Taking, kind=self._config.exchange, timed=timed, group=self._member.group if self._member else ""
+        )
         self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
 
@@ -149,7 +149,7 @@ class RemoteMemory:
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
         runner = RemoteRunner(compute, exchange, overlap=overlap, memory=self)
         if self._config.trace is not None and self.timings is not None:
-            weakref.finalize(runner, write_trace, self._config.trace, self.timings)
+            self._write_trace = weakref.finalize(runner, write_trace, self._config.trace, self.timings)
         return runner
 
     def page_devices(self) -> list[str]:
@@ -193,8 +193,9 @@ class RemoteMemory:
         return timings
 
     def close(self) -> None:
-        """Give all workers back."""
+        """Give all workers back, and write the trace, if there is one."""
         self._exchange.close()
+        self._write_trace()
         for taking in self._taking:
             taking.release()
         for client in self._clients:
@@ -214,7 +215,8 @@ class RemoteMemory:
             taking.lease.on_lost(partial(self._lost, taking.client.address))
 
     def _lost(self, address: str, reason: str) -> None:
-        self.on_lost(f"attention worker {address}: {reason}")
+        if self._member is not None:
+            self._member.lost(f"attention worker {address}: {reason}")
 
 
 def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
@@ -310,6 +312,11 @@ class RemoteRunner(DisaggregatedRunner):
         if self._timings is not None:
             stats["timings"] = {**Timeline(self._timings).sums(), **self._timings.host()}
         return stats
+
+    def traffic(self) -> Traffic:
+        """What has crossed so far between this host and the workers."""
+        wire = self.exchange.wire
+        return Traffic(self._steps, wire.tensor_bytes, wire.messages, wire.metadata_bytes, self._seconds)
 
     def check(self) -> None:
         self._memory.check()

@@ -25,7 +25,16 @@ class ModelRunner(Protocol):
 
 
 @runtime_checkable
-class RecoverableRunner(ModelRunner, Protocol):
+class ClosableRunner(ModelRunner, Protocol):
+    """A runner that holds what others wait for."""
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
+
+
+@runtime_checkable
+class RecoverableRunner(ClosableRunner, Protocol):
     """A runner whose attention workers can be lost: `dispatch` and `read` then raise `WorkerLost`.
 
     What was in flight is not read any more, and what the pages held is gone. Nothing is dispatched until
@@ -48,8 +57,4 @@ class RecoverableRunner(ModelRunner, Protocol):
         Raises:
             WorkerLost: they are not, and this is what is known of it now.
         """
-        ...
-
-    def close(self) -> None:
-        """Give the workers back."""
         ...

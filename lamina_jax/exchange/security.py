@@ -10,8 +10,9 @@ import hmac
 import os
 import ssl
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -71,6 +72,28 @@ def shows_token(metadata: Iterable[tuple[str, str | bytes]], token: str | None) 
     """Whether a call's metadata carries the token, where there is one; takes the same time for any guess."""
     shown = dict(metadata).get(TOKEN_KEY, "")
     return token is None or hmac.compare_digest(str(shown).encode(), f"Bearer {token}".encode())
+
+
+class TokenCheck(grpc.ServerInterceptor):
+    """Lets a call in that shows the token. Health is open to all: probes have none."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], call: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        if call.method.startswith("/grpc.health.v1.") or shows_token(call.invocation_metadata, self._token):
+            return continuation(call)
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+def _refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the token is missing or another one: give both sides --token-file with the same secret",
+    )
+    yield b""
 
 
 def server_tls(security: SecurityConfig) -> tuple[ssl.SSLContext, grpc.ServerCredentials] | None:

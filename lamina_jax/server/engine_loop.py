@@ -52,7 +52,7 @@ class EngineLoop:
     ) -> None:
         self._build, self._connection, self._left = build, connection, left
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._over = threading.Event()
+        self._over, self._speaking = threading.Event(), threading.Lock()
 
     def run(self) -> None:
         """Until `Stop` comes, the engine fails, or nobody is at the other end any more."""
@@ -83,6 +83,11 @@ class EngineLoop:
             log.exception("the engine has died")
             self._emit(messages.Died(f"{type(error).__name__}: {error}"))
 
+    def fail(self, reason: str) -> None:
+        """Say `Died` now, from any thread, whatever the engine does; its process is about to end."""
+        with suppress(_Left):
+            self._emit(messages.Died(reason))
+
     def _listen(self) -> None:
         try:
             while True:
@@ -98,7 +103,8 @@ class EngineLoop:
 
     def _emit(self, event: Event) -> None:
         try:
-            self._connection.sendall(pack(event))
+            with self._speaking:
+                self._connection.sendall(pack(event))
         except OSError:
             raise _Left from None
 

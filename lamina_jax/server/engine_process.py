@@ -15,6 +15,7 @@ from lamina_jax.cluster.pin import die_with, pin
 from lamina_jax.config import CheckpointError, ConfigError
 from lamina_jax.core import WorkerLost
 from lamina_jax.engine.engine import Engine
+from lamina_jax.hosts.alarm import Alarm, leave
 from lamina_jax.server.engine_loop import Build, EngineLoop, StartError
 from lamina_jax.server.frames import STARTS, receive
 from lamina_jax.server.log_format import configure_logging
@@ -26,17 +27,27 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     start: Start = receive(connection, STARTS)
     configure_logging(start.log_format)
-    run(build(start), connection)
+    alarm = Alarm()
+    run(build(start, alarm), connection, alarm)
+    if start.config.coordinator is not None:
+        leave(0)  # the other compute hosts have ended, and JAX would wait for them
 
 
-def run(build: Build, connection: socket.socket) -> None:
+def run(build: Build, connection: socket.socket, alarm: Alarm | None = None) -> None:
     """Run an engine until nobody wants it any more. Signals are for the server: they are blocked here."""
     die_with(os.getppid())  # also while it is stopped
-    EngineLoop(build, connection, left=lambda: os._exit(1)).run()
+    loop = EngineLoop(build, connection, left=lambda: os._exit(1))
+    if alarm is not None:
+        alarm.tell(loop.fail)
+    loop.run()
 
 
-def build(start: Start) -> Build:
-    """How the loop makes its engine; jax is imported there, once the cores are set."""
+def build(start: Start, alarm: Alarm | None = None) -> Build:
+    """How the loop makes its engine; jax is imported there, once the cores are set.
+
+    Args:
+        alarm: rung when another compute host is lost.
+    """
 
     def build_it(report: Callable[[str, int, int], None]) -> Engine:
         try:
@@ -46,7 +57,7 @@ def build(start: Start) -> Build:
 
             if start.cluster is not None:
                 _check_cluster(start.cluster)
-            return build_engine(start.config, report)
+            return build_engine(start.config, report, alarm=alarm)
         except (ConfigError, CheckpointError, WorkerLost) as error:
             raise StartError(str(error)) from None
 

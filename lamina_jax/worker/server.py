@@ -21,14 +21,14 @@ from lamina_jax.exchange.control import KEEPALIVE
 from lamina_jax.exchange.control_messages import SERVICE, Description
 from lamina_jax.exchange.frames import VERSION
 from lamina_jax.exchange.grpc import MOST_BYTES, stream_options
-from lamina_jax.exchange.security import check_address, client_tls, read_token, server_tls
+from lamina_jax.exchange.security import TokenCheck, check_address, client_tls, read_token, server_tls
 from lamina_jax.exchange.socket import SocketChannel, connect
 from lamina_jax.memory import available_memory, default_fraction, unused_memory
 from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Session
 from lamina_jax.worker.leases import Leases
 from lamina_jax.worker.metrics import WorkerMetrics
-from lamina_jax.worker.service import PoolService, TokenCheck
+from lamina_jax.worker.service import PoolService
 from lamina_jax.worker.sockets import DataListener
 
 MOST_CALLS = 128

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 from urllib.parse import unquote
 
 import grpc
@@ -18,7 +17,7 @@ from lamina_jax.exchange.control_messages import encode as encode_message
 from lamina_jax.exchange.frames import ProtocolError
 from lamina_jax.exchange.grpc import encode, serve_stream
 from lamina_jax.exchange.pull import Pulled, decode_drop, decode_order
-from lamina_jax.exchange.security import SESSION_KEY, shows_token
+from lamina_jax.exchange.security import SESSION_KEY
 from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Refused, first_line
 from lamina_jax.worker.leases import Leases
@@ -110,25 +109,3 @@ class PoolService:
         wanted = spec.first_device + spec.devices
         if wanted > self._facts.devices:
             raise ConfigError(f"{wanted} devices are asked for, and it has {self._facts.devices}")
-
-
-class TokenCheck(grpc.ServerInterceptor):
-    """Lets a call in that shows the token. Health is open to all: probes have none."""
-
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], call: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler | None:
-        if call.method.startswith("/grpc.health.v1.") or shows_token(call.invocation_metadata, self._token):
-            return continuation(call)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-def _refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "the token is missing or another one: give both sides --token-file with the same secret",
-    )
-    yield b""
