@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit code."""
     config, security = parse(argv)
-    from lamina_jax.worker.session import Session
+    from lamina_jax.worker.transfer import session_for
 
-    return run(config, security, partial(Session, cpu_kernels=config.cpu_kernels))
+    make_session = partial(session_for, cpu_kernels=config.cpu_kernels, insecure=security.insecure)
+    return run(config, security, make_session)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[AttendConfig, SecurityConfig]:

@@ -73,7 +73,8 @@ class EngineConfig:
         worker_wait_seconds: how long the engine waits at its start for workers that are not up yet.
         partition: how workers share the KV cache: by KV head, by request, or the tokens of each request.
         exchange: between the engine and its workers: "local" within a process, "socket" (blocking TCP, or
-            a Unix socket on one host) or "grpc" (through any proxy); "auto" chooses and says why.
+            a Unix socket on one host), "grpc" (through any proxy) or "jax" (device arrays, between devices
+            of one platform); "auto" chooses and says why, and never takes "jax".
         wire_dtype: of q, k, v and o between the meshes; "auto" takes that of the activations.
         coordinator: "host:port" at which host 0 of several compute hosts gathers the others, or "auto": what
             Slurm, Kubernetes or Cloud TPU say of this process. None: one compute host.
@@ -110,7 +111,7 @@ class EngineConfig:
     attention: str | None = None
     worker_wait_seconds: float = 60.0
     partition: Literal["heads", "requests", "tokens"] = "heads"
-    exchange: Literal["auto", "local", "socket", "grpc"] = "auto"
+    exchange: Literal["auto", "local", "socket", "grpc", "jax"] = "auto"
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     coordinator: str | None = None
     num_hosts: int | None = None
@@ -132,7 +133,7 @@ class EngineConfig:
             raise ConfigError("attention names workers, which placement=collocated has no use for")
         if self.attention and self.memory_devices:
             raise ConfigError("attention and memory_devices both say where the KV cache is: give one of them")
-        if self.attention is None and self.exchange in ("socket", "grpc"):
+        if self.attention is None and self.exchange in ("socket", "grpc", "jax"):
             raise ConfigError(
                 f"exchange={self.exchange} needs workers: name them with attention=HOST:PORT,..."
             )
@@ -142,6 +143,11 @@ class EngineConfig:
                     f"{name}={getattr(self, name)!r} takes the times of what crosses between processes, and "
                     "within one nothing can be timed that is not held up: name workers with "
                     f"attention=HOST:PORT,..., or leave {name} out"
+                )
+            if self.exchange == "jax" and getattr(self, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} takes the times of frames, and exchange=jax sends no "
+                    f"tensors in them: leave {name} out, or choose socket or grpc"
                 )
         if self.attention and self.exchange == "local":
             raise ConfigError("exchange=local is within one process: leave attention out, or choose another")

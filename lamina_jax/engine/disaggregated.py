@@ -97,6 +97,7 @@ class DisaggregatedRunner:
         """Nothing is in flight any more: what was is not read."""
         self._unfinished.clear()
         self._last.clear()
+        self._queue.clear()
 
     def _begin(self, plan: MicrobatchPlan) -> _InFlight:
         last = self._last.get(plan.microbatch, self._no_tokens)

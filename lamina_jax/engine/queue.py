@@ -19,6 +19,10 @@ class Queue:
         self._most, self._fewest = most, fewest
         self._outputs: deque[jax.Array] = deque()
 
+    def clear(self) -> None:
+        """Forget them all."""
+        self._outputs.clear()
+
     def add(self, output: jax.Array) -> None:
         """Note a slice by one of its outputs; may wait for earlier ones."""
         self._outputs.append(output)

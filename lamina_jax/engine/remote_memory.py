@@ -6,10 +6,13 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import jax
 
 from lamina_jax.compilation import Footprint, Job
 from lamina_jax.config import ConfigError, EngineConfig, is_loopback
@@ -26,6 +29,7 @@ from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
 from lamina_jax.exchange.trace import write_trace
+from lamina_jax.exchange.transfer_exchange import TransferExchange, TransferWorker, check_worker, open_link
 from lamina_jax.hosts.member import Member
 from lamina_jax.hosts.messages import Traffic
 from lamina_jax.pool.shares import HeadShare, host_shares, host_table
@@ -35,6 +39,9 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 1.0
 """Between two words on how far a worker is that the engine waits for."""
+
+NOTICE_SECONDS = 3.0
+"""In which the loss of a worker is noticed."""
 
 TRY_SECONDS = 1.5
 """How long one try to get lost workers back waits for them."""
@@ -78,6 +85,9 @@ class RemoteMemory:
             for address, description in zip(addresses, found, strict=True)
             for i in range(self.devices)
         ]
+        if config.exchange == "jax":
+            for client, description in zip(self._clients, found, strict=True):
+                check_worker(client, description, devices.compute[0].platform, config.security)
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
         self._needs: dict[str, Footprint] = {}
@@ -102,7 +112,8 @@ class RemoteMemory:
         geometry = plan.geometry
         self._specs = self._specs_of(plan)
         self.timings = self._new_timings(geometry.num_layers)
-        exchange = RemoteExchange(
+        by_transfer = self._config.exchange == "jax"
+        exchange = (TransferExchange if by_transfer else RemoteExchange)(
             host_shares(plan.table, self.devices, self._host, self._hosts),
             host_table(plan.table, self._host, self._hosts),
             plan.mesh,
@@ -114,7 +125,11 @@ class RemoteMemory:
         self._exchange = exchange
         timed = self.timings is not None
         self._start = partial(
-            _Taking, kind=self._config.exchange, timed=timed, group=self._member.group if self._member else ""
+            _Taking,
+            kind=self._config.exchange,
+            device=plan.mesh.local_devices[0],
+            timed=timed,
+            group=self._member.group if self._member else "",
         )
         self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
@@ -143,7 +158,7 @@ class RemoteMemory:
             overlap=plan.limits.overlap,
             pieces=len(share.pieces) // share.devices,
             copies=plan.table.copies,
-            by_token=plan.partition.kind == "tokens",
+            by_token=plan.partition.kind == "tokens" and self._config.exchange != "jax",
         )
 
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:
@@ -158,8 +173,27 @@ class RemoteMemory:
     def check(self) -> None:
         """Raises `WorkerLost` where a worker has been lost."""
         for worker in self._exchange.workers:
-            if worker.lost:
-                raise WorkerLost(worker.address, worker.lost)
+            worker.check()
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Device arrays that a lost worker owes fail like those of a program: tell the two apart.
+
+        Raises:
+            WorkerLost: a worker has been lost, or turns out to be.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            if self._config.exchange != "jax":
+                raise
+            until = time.monotonic() + NOTICE_SECONDS
+            while time.monotonic() < until:
+                for worker in self._exchange.workers:
+                    worker.blame()
+                self.check()
+                time.sleep(0.02)
+            raise
 
     def recover(self) -> bool:
         """One try to have all workers again, each with an empty cache; see `RecoverableRunner.recover`."""
@@ -246,9 +280,18 @@ class _Taking(threading.Thread):
     lease: Lease
     worker: Worker
 
-    def __init__(self, client: WorkerClient, spec: WorkerSpec, kind: str, timed: bool, group: str) -> None:
+    def __init__(
+        self,
+        client: WorkerClient,
+        spec: WorkerSpec,
+        kind: str,
+        device: jax.Device,
+        timed: bool,
+        group: str,
+    ) -> None:
         super().__init__(name=f"lease {client.address}", daemon=True)
         self.client, self._spec, self._kind, self._timed, self._group = client, spec, kind, timed, group
+        self._device = device
         self.error: WorkerError | None = None
         self.compiled = 0, 0
         self.start()
@@ -258,15 +301,25 @@ class _Taking(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.lease = self.client.lease(self._spec, self._note, group=self._group)
-            channel = open_channel(self.client, self.lease, self._kind)
-            offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
-            self.worker = Worker(self.client.address, channel, offset)
+            self.worker = self._with_link() if self._kind == "jax" else self._with_channel()
         except WorkerError as error:
             self.error = error
         except Exception as error:  # whatever it is, the engine must hear of it
             log.exception("attention worker %s", self.client.address)
             self.error = WorkerError(self.client.address, f"{type(error).__name__}: {error}")
+
+    def _with_channel(self) -> Worker:
+        self.lease = self.client.lease(self._spec, self._note, group=self._group)
+        channel = open_channel(self.client, self.lease, self._kind)
+        offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
+        return Worker(self.client.address, channel, offset)
+
+    def _with_link(self) -> Worker:
+        link, transfer = open_link(self.client, self._device)
+        self.lease = self.client.lease(replace(self._spec, transfer=transfer), self._note, group=self._group)
+        channel = open_channel(self.client, self.lease, "auto")
+        link.connect(self.lease.transfer)
+        return TransferWorker(self.client.address, channel, link)
 
     def release(self) -> None:
         """Give the lease back, if there is one."""
@@ -285,7 +338,8 @@ class RemoteRunner(DisaggregatedRunner):
 
     def dispatch(self, plan: StepPlan) -> Any:
         if self._timings is None:
-            return super().dispatch(plan)
+            with self._memory.losses():
+                return super().dispatch(plan)
         self._timings.begin_step(plan.step)
         step = super().dispatch(plan)
         self._timings.end_dispatch()
@@ -297,7 +351,8 @@ class RemoteRunner(DisaggregatedRunner):
         super()._run_layers(order, batches)
 
     def read(self, step: Any) -> list[Sampled]:
-        results = super().read(step)
+        with self._memory.losses():
+            results = super().read(step)
         if self._timings is not None:
             self._timings.end_step()
         return results

@@ -192,6 +192,7 @@ class Lease:
     Attributes:
         session_id: opens a data channel: in a HELLO frame, or in the metadata of a stream.
         pages: KV pages that the worker holds ready.
+        transfer: address of its transfer server, where the spec asks for one.
         metadata: of the data stream's call.
         lost: why the worker was lost, if it was; `close` loses nothing.
     """
@@ -199,7 +200,7 @@ class Lease:
     lost: str | None = None
 
     def __init__(self, client: WorkerClient, stream: Any, ready: Ready) -> None:
-        self.session_id, self.pages = ready.session_id, ready.pages
+        self.session_id, self.pages, self.transfer = ready.session_id, ready.pages, ready.transfer
         self.metadata: Metadata = (*client.metadata, (SESSION_KEY, ready.session_id))
         self._address, self._stream = client.address, stream
         self._lock = threading.Lock()

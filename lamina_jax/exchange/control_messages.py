@@ -19,7 +19,7 @@ from msgspec import Struct
 from lamina_jax.compilation import Footprint
 from lamina_jax.config import ConfigError
 from lamina_jax.pool.geometry import KV_BYTES
-from lamina_jax.pool.spec import WorkerSpec
+from lamina_jax.pool.spec import KEY_BYTES, WorkerSpec
 
 SERVICE = "lamina_jax.Pool"
 CONTROL_BYTES = 1 << 20
@@ -76,10 +76,12 @@ class Progress(Struct, frozen=True, tag=True):
 
 
 class Ready(Struct, frozen=True, tag=True):
-    """`session_id`: random bytes that open a data channel; `pages`: KV pages that are held ready."""
+    """`session_id`: random bytes that open a data channel; `pages`: KV pages that are held ready;
+    `transfer`: address of the worker's transfer server, where there is one."""
 
     session_id: bytes
     pages: int
+    transfer: str = ""
 
 
 LeaseEvent = Progress | Ready
@@ -119,6 +121,7 @@ def _check_spec(spec: WorkerSpec) -> None:
         _check(rows > 0 and queries > 0 and rows * queries <= _MOST_TOKENS, "buckets", (rows, queries))
     _check(g.num_heads % g.num_kv_heads == 0, "num_heads", g.num_heads)
     _check(g.num_kv_heads % spec.devices == 0, "devices", spec.devices)
+    _check(spec.transfer is None or len(spec.transfer.key) == KEY_BYTES, "transfer", spec.transfer)
 
 
 def _check(right: bool, name: str, value: object) -> None:

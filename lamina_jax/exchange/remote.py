@@ -73,6 +73,14 @@ class Worker:
         given_ns = 0 if self.stamps is None else monotonic_ns()
         return Outgoing(self.channel, header, arrays, tokens, self.stamps, given_ns)
 
+    def check(self) -> None:
+        """Raises `WorkerLost` where it is lost."""
+        if self.lost:
+            raise WorkerLost(self.address, self.lost)
+
+    def blame(self) -> None:
+        """A program of the step has failed: lose the worker if that came of it."""
+
     def begin(self, microbatch: int) -> None:
         """A step of a microbatch begins: nobody comes for answers of the one before."""
         self._kept = {key: kept for key, kept in self._kept.items() if key.microbatch != microbatch}
@@ -145,6 +153,8 @@ class RemoteExchange:
         self.in_place = mesh.size == 1 and self._compute[0].platform == "cpu"
         self._pieces = [share.pieces for share in shares]
         self.wire, self.programs_queued = WireCount(), 0
+        self._step_type: type[RemoteStep] = RemoteStep
+        self._sends_kept = partition.kind == "tokens"  # k and v go only to who keeps them
         self._sender, self._steps = Sender(), 0
 
     def attach(self, workers: Sequence[Worker]) -> None:
@@ -162,14 +172,14 @@ class RemoteExchange:
         header = Header(Kind.BEGIN, 0, plan.microbatch, 0, self._steps)
         if self.timings is not None:
             self.timings.begin(header)
-        return RemoteStep(self, header, list(self._targets(header, self.partition.split(plan))))
+        return self._step_type(self, header, list(self._targets(header, self.partition.split(plan))))
 
     def _targets(self, header: Header, parts: list[Told]) -> Iterator[_Target]:
         """Every worker that takes part, which is told its part of the step."""
         for part, segment, told in parts:
             rows, queries = told.positions.shape
             tokens, metadata = None, told
-            if self.partition.kind == "tokens":
+            if self._sends_kept:
                 tokens, slots = self._kept_tokens(told.slots)
                 metadata = told._replace(slots=slots)
             numbers = np.concatenate(

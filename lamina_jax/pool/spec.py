@@ -6,6 +6,23 @@ from dataclasses import dataclass
 
 from lamina_jax.pool.geometry import CacheGeometry
 
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSpec:
+    """How device arrays are exchanged with the worker; see `lamina_jax.exchange.transfer`.
+
+    Attributes:
+        address: of the engine's transfer server.
+        worker_ip: at which the engine reaches the worker, and where the worker's own listens.
+        key: the secret of both, `KEY_BYTES` long.
+    """
+
+    address: str
+    worker_ip: str
+    key: bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
@@ -23,6 +40,7 @@ class WorkerSpec:
         copies: of so many pieces in a row that have the same KV heads, the first one's k and v are kept.
         pulls: whether KV is also pulled from prefill hosts.
         by_token: whether a KV frame holds only the tokens that this worker keeps.
+        transfer: how tensors come and go, if not in frames.
     """
 
     geometry: CacheGeometry
@@ -38,3 +56,4 @@ class WorkerSpec:
     by_token: bool
     pulls: bool = False
     first_device: int = 0
+    transfer: TransferSpec | None = None

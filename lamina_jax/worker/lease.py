@@ -35,6 +35,7 @@ class Session(Protocol):
     """The memory side of one lease; see `lamina_jax.worker.session`."""
 
     geometry: CacheGeometry
+    transfer_address: str
 
     @property
     def footprint(self) -> Footprint: ...
@@ -42,6 +43,7 @@ class Session(Protocol):
     def jobs(self) -> Iterable[Job]: ...
     def hold(self) -> None: ...
     def room(self, header: Header) -> int: ...
+    def hang_up(self) -> None: ...
     def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None: ...
     def answers(self, frames: Iterable[Frame]) -> Iterator[tuple[Header, list[np.ndarray]]]: ...
 
@@ -95,11 +97,13 @@ class Lease:
                 return
             self.reason = reason
             self.over.set()
-            hang_up = self._hang_up
+            hang_up, session = self._hang_up, self._session
         self.pulls.close()
         self._events.put(None)
         if hang_up is not None:
             hang_up()
+        if session is not None:
+            session.hang_up()
 
     def run(self) -> None:
         """Prepare, wait for the end, give everything back; in a thread of its own."""
@@ -107,9 +111,9 @@ class Lease:
             session = self._make_session()
             log.info("%s", compile_all(session.jobs(), self._progress))
             session.hold()
-            self._session = session
+            self._session, address = session, session.transfer_address
             del session
-            self._events.put(Ready(self.session_id, self.pages))
+            self._events.put(Ready(self.session_id, self.pages, address))
             self.over.wait()
         except _Over:
             pass

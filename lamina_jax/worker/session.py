@@ -50,10 +50,13 @@ class Session:
 
     Attributes:
         geometry: over all of its devices.
+        transfer_address: of its transfer server, where tensors do not come in frames.
 
     Raises:
         ConfigError: too few devices, or heads that they cannot share.
     """
+
+    transfer_address = ""
 
     def __init__(
         self,
@@ -125,17 +128,14 @@ class Session:
             if header.length not in sizes or header.microbatch >= MOST_MICROBATCHES:
                 raise ProtocolError(f"no microbatch begins with {header}")
             return header.length
-        begun = self._begun.get(header.microbatch)
-        shape = self._shapes[begun.bucket].get(header.kind) if begun else None
-        if shape is None:
-            raise ProtocolError(f"{header} before its microbatch has begun, or no frame of an engine")
-        if header.layer >= self._spec.geometry.num_layers:
-            raise ProtocolError(f"{header} is beyond the {self._spec.geometry.num_layers} layers")
-        size = math.prod(shape) * self._wire.itemsize
+        size = math.prod(self._shape(header)) * self._wire.itemsize
         shorter = self._spec.by_token and header.kind == Kind.KV
         if header.length != size and not (shorter and header.length <= size):
             raise ProtocolError(f"{header} should have {size} bytes")
         return size
+
+    def hang_up(self) -> None:
+        """Wake whoever waits for what comes by other ways than frames; from any thread."""
 
     def answers(self, frames: Iterable[Frame]) -> Iterator[Answer]:
         """Do what the frames say, in order; yields the answer of each query, and goes on when it is sent."""
@@ -145,7 +145,7 @@ class Session:
                 self._begin(header, payload)
                 continue
             with self._gaps.frame():
-                messages = self._do(header, payload)
+                messages = [np.asarray(part) for part in self._do(header, payload)]
                 if header.kind != Kind.KV:
                     length = sum(message.nbytes for message in messages)
                     times = {"received_ns": received, "done_ns": time.monotonic_ns()}
@@ -162,7 +162,7 @@ class Session:
             with self._gaps.gap():
                 shard.keep_stored(layer, _placed(slots, shard.device), stored)
 
-    def _do(self, header: Header, payload: np.ndarray) -> list[np.ndarray]:
+    def _do(self, header: Header, payload: np.ndarray) -> list[jax.Array]:
         """What a frame of a microbatch says; the answer's messages, if there is one."""
         begun = self._begun[header.microbatch]
         parts: list[jax.Array] = []
@@ -174,7 +174,7 @@ class Session:
                     shard.append(header.layer, begun.bucket, told, sent)
                 case Kind.QKV:
                     parts += shard.append_and_attend(header.layer, begun.bucket, told, sent)
-        return [np.asarray(part) for part in parts]
+        return parts
 
     def _begin(self, header: Header, payload: np.ndarray) -> None:
         numbers = payload[: header.length].view(np.int32)
@@ -201,13 +201,27 @@ class Session:
                 f"block tables name pages {tables.min()} .. {tables.max()} of {self._spec.geometry.num_pages}"
             )
 
+    def _shape(self, header: Header) -> tuple[int, ...]:
+        """Of what a frame announces: [pieces of all devices, B, Q, heads, H].
+
+        Raises:
+            ProtocolError: an engine does not send it, or not now.
+        """
+        begun = self._begun.get(header.microbatch)
+        shape = self._shapes[begun.bucket].get(header.kind) if begun else None
+        if shape is None:
+            raise ProtocolError(f"{header} before its microbatch has begun, or no frame of an engine")
+        if header.layer >= self._spec.geometry.num_layers:
+            raise ProtocolError(f"{header} is beyond the {self._spec.geometry.num_layers} layers")
+        return shape
+
     def _begin_bytes(self, bucket: Bucket) -> int:
         rows, queries = bucket
         return 4 * (2 + rows * (2 * self._spec.pages_per_request + 1) + 2 * rows * queries)
 
     def _sent(self, header: Header, payload: np.ndarray) -> list[Messages]:
         """Of each device its pieces."""
-        shape = self._shapes[self._begun[header.microbatch].bucket][header.kind]
+        shape = self._shape(header)
         if header.length < payload.nbytes and shape[0] > 1:  # a part of the tokens, of several pieces
             payload = _spread(payload[: header.length], shape[0], payload.nbytes)
         pieces = payload.view(self._wire).reshape(shape)

@@ -9,7 +9,7 @@ import pytest
 
 from lamina_jax.config import AttendConfig, SecurityConfig
 from lamina_jax.worker.server import WorkerServer
-from lamina_jax.worker.session import Session
+from lamina_jax.worker.transfer import session_for
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def workers() -> Iterator[Callable[..., str]]:
             addresses = []
             for _ in range(count):
                 config = AttendConfig(listen="127.0.0.1:0", devices=f"cpu:1-{devices}")
-                server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), Session)))
+                server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), session_for)))
                 server.start()
                 addresses.append(f"127.0.0.1:{server.port}")
             return ",".join(addresses)

@@ -63,10 +63,14 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 EVERY = [
     ("full", *case)
     for case in itertools.product(
-        ("socket", "grpc"), ("heads", "requests", "tokens"), (1, 2, 3), (1, 2), ("on", "off")
+        ("socket", "grpc", "jax"), ("heads", "requests", "tokens"), (1, 2, 3), (1, 2), ("on", "off")
     )
-    if not (case[1] == "tokens" and case[4] == "off")
-] + [("windows", "socket", partition, 2, 1, "on") for partition in ("heads", "requests", "tokens")]
+    if not (case[1] == "tokens" and case[4] == "off") and not (case[0] == "jax" and case[2] == 3)
+] + [
+    ("windows", exchange, partition, 2, 1, "on")
+    for exchange in ("socket", "jax")
+    for partition in ("heads", "requests", "tokens")
+]
 SOME = [
     ("full", "socket", "heads", 3, 2, "on"),
     ("full", "grpc", "requests", 3, 1, "off"),
@@ -74,9 +78,15 @@ SOME = [
 ]
 
 
+def marks(case: tuple[Any, ...]) -> list[pytest.MarkDecorator]:
+    if case in SOME:
+        return []
+    return [pytest.mark.hosts if case[1] == "jax" else pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("model", "exchange", "partition", "count", "microbatches", "overlap"),
-    [pytest.param(*case, marks=[] if case in SOME else [pytest.mark.slow]) for case in EVERY],
+    [pytest.param(*case, marks=marks(case)) for case in EVERY],
 )
 def test_every_way_gives_the_collocated_tokens(
     checkpoints: dict[str, str],
@@ -112,14 +122,15 @@ def test_every_way_gives_the_collocated_tokens(
         stats = llm.stats()
         assert stats["compilations_after_ready"] == 0
         assert stats["pages_free"] == stats["pages_total"]
-        sent = wire(plans, MODELS[model], llm, count, together=overlap == "off")
+        to_all = exchange == "jax"
+        sent = wire(plans, MODELS[model], llm, count, together=overlap == "off", to_all=to_all)
         found = [stats[f"wire_{what}_per_step"] * stats["steps"] for what in ("bytes", "messages")]
         assert found == pytest.approx(sent)
-        check_sockets(llm)
+        check_sockets(llm, tensors=exchange != "jax")
 
 
 def wire(
-    plans: list[StepPlan], config: ModelConfig, llm: LLM, count: int, *, together: bool
+    plans: list[StepPlan], config: ModelConfig, llm: LLM, count: int, *, together: bool, to_all: bool = False
 ) -> tuple[int, int]:
     """Tensor bytes, (2 + 2/G) e d B L + 4 N B L by head and by request, q W + (k, v) + W (o + lse) by token,
     and messages: of each worker that takes part q, k and v, and an answer, the first two as one where
@@ -132,9 +143,10 @@ def wire(
     for batch in (batch for plan in plans for batch in plan.microbatches):
         rows = batch.bucket[0] * batch.bucket[1]
         by_token = partition.kind == "tokens"
+        to_all &= by_token  # static shapes: each worker gets k and v of all tokens
         alone = partition.kind == "requests" and batch.worker is not None
         takers = 1 if alone else count
-        kept = kept_tokens(partition, batch) if by_token else [rows] * takers
+        kept = kept_tokens(partition, batch) if by_token and not to_all else [rows] * takers
         tokens = sum(kept) if by_token else rows
         size += config.num_layers * (
             tokens * kv + batch.cached * (takers if by_token else 1) * rows * (query + answer)
@@ -148,8 +160,9 @@ def kept_tokens(partition: Partition, batch: Any) -> list[int]:
     return [len(partition.kept(told.slots)) for *_, told in partition.split(batch)]
 
 
-def check_sockets(llm: LLM) -> None:
-    """What the channels counted is what the exchange did, and a header for each frame."""
+def check_sockets(llm: LLM, *, tensors: bool) -> None:
+    """What the channels counted is what the exchange did, and a header for each frame; or all of that but
+    the tensors."""
     exchange = llm.engine.runner.exchange  # type: ignore[attr-defined]
     assert isinstance(exchange, RemoteExchange)
     channels = [worker.channel for worker in exchange.workers]
@@ -157,7 +170,7 @@ def check_sockets(llm: LLM) -> None:
     crossed = sum(channel.bytes_sent + channel.bytes_received for channel in channels)
     wire = exchange.wire
     hello = 16 * sum(channel.__class__.__name__ == "SocketChannel" for channel in channels)
-    assert crossed == wire.tensor_bytes + wire.metadata_bytes + hello + HEADER_BYTES * frames
+    assert crossed == tensors * wire.tensor_bytes + wire.metadata_bytes + hello + HEADER_BYTES * frames
 
 
 @pytest.mark.slow

@@ -25,6 +25,17 @@ pytestmark = [pytest.mark.multi, pytest.mark.timeout(300)]
 WITHIN = NOTICED_SECONDS + MARGIN_SECONDS
 
 
+@pytest.fixture(params=["auto", "jax"])
+def server(
+    request: pytest.FixtureRequest, run: Start, checkpoint: str, workers: list[WorkerProcess]
+) -> ServeProcess:
+    """Ready, over both workers, by one exchange and the other."""
+    addresses = [worker.address for worker in workers]
+    started: ServeProcess = run(ServeProcess, checkpoint, addresses, "--exchange", request.param)
+    started.wait_ready()
+    return started
+
+
 def test_the_collocated_tokens(server: ServeProcess, expected: list[int]) -> None:
     assert server.complete(LONG) == expected
     assert server.pages_are_back()

@@ -51,6 +51,7 @@ class EchoSession:
     """Compiles for ever where the spec has a page size of 1, fails to compile where it has 2; a frame of
     step 1 makes it hold Python's lock for seconds, a frame of step 2 makes it fail."""
 
+    transfer_address = ""
     alive: ClassVar[WeakSet[EchoSession]] = WeakSet()
 
     def __init__(self, spec: WorkerSpec, devices: Sequence[object]) -> None:
@@ -68,6 +69,9 @@ class EchoSession:
     def jobs(self) -> Iterator[Job]:
         work = {1: self._compile_slowly, 2: self._fail}.get(self.spec.geometry.page_size, lambda: None)
         yield from ((f"job {i}", work) for i in range(64 if self.spec.geometry.page_size == 1 else 3))
+
+    def hang_up(self) -> None:
+        pass
 
     def room(self, header: Header) -> int:
         if header.kind is Kind.HELLO or header.length > ROOM:
