@@ -68,7 +68,7 @@ class RemoteMemory:
         num_kv_heads: int,
         member: Member | None = None,
     ) -> None:
-        self._member = member
+        self._member, self._group = member, member.group if member else ""
         self._write_trace: Callable[[], object] = lambda: None
         self._host, self._hosts = (member.host_id, member.num_hosts) if member else (0, 1)
         addresses = [address.strip() for address in (config.attention or "").split(",")]
@@ -106,7 +106,7 @@ class RemoteMemory:
         return [(self._room, Needs(*(self.devices * size for size in each)))]
 
     def _measure(self, client: WorkerClient, spec: WorkerSpec) -> None:
-        self._needs[client.address] = client.measure(spec, group=self.group)
+        self._needs[client.address] = client.measure(spec, group=self._group)
 
     def open(self, plan: CachePlan) -> tuple[Exchange, list[Job]]:
         geometry = plan.geometry
@@ -129,7 +129,7 @@ class RemoteMemory:
             kind=self._config.exchange,
             device=plan.mesh.local_devices[0],
             timed=timed,
-            group=self._member.group if self._member else "",
+            group=self._group,
         )
         self._taking = [self._start(*pair) for pair in self._specs]
         return exchange, [("attention workers", self._attach)]
