@@ -110,9 +110,8 @@ def _attend_request(
             k_scale, v_scale = scale * scales[0], _finite(scales[1], in_context)
         else:
             k, v = as_held(read[0], dtype), as_held(_finite(read[1], in_context[:, None]), dtype)
-        return online_softmax.attend(
-            state, request.q, k, v, visible[None], scale=k_scale, softcap=softcap, v_scale=v_scale
-        )
+        scores = online_softmax.score(request.q, k, visible[None], scale=k_scale, softcap=softcap)
+        return online_softmax.attend(state, scores, v, v_scale)
 
     turns = (request.stop - request.start + turn_pages - 1) // turn_pages
     state = _varying_like(online_softmax.start(*request.q.shape), pages, *request)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
+from pallas_kernels.paged_attention import online_softmax
 from pallas_kernels.paged_attention.contract import (
     Pages,
     QuantizedPages,
@@ -30,7 +31,6 @@ from pallas_kernels.paged_attention.contract import (
 )
 from pallas_kernels.paged_attention.gpu_merge import merge_parts
 from pallas_kernels.paged_attention.gpu_plan import SplitPlan, plan_splits
-from pallas_kernels.paged_attention.online_softmax import LOWEST
 
 
 class Tiling(NamedTuple):
@@ -158,12 +158,8 @@ def paged_attention_gpu(
     return unfold_queries(o, Q), unfold_queries(lse, Q)
 
 
-class _State(NamedTuple):
-    """Of M rows so far: f32 maximum score, sum of exp(score - maximum), sum of that x v."""
-
-    maximum: Float32[Array, "M"]
-    total: Float32[Array, "M"]
-    weighted: Float32[Array, "M H"]
+_Carry = tuple[online_softmax.State, tuple[Array, Array]]
+"""What is seen, and the page and place of the next block."""
 
 
 def _attend_parts(
@@ -211,7 +207,7 @@ def _attend_parts(
             page = _load(block_tables.at[b, entry], slot < stop)
             return page, plgpu.load(page_index.at[b, entry], mask=slot < stop, other=context_len)
 
-        def turn(j: Array, carry: tuple[_State, tuple[Array, Array]]) -> tuple[_State, tuple[Array, Array]]:
+        def turn(j: Array, carry: _Carry) -> _Carry:
             state, found = carry
             page, place = (jnp.broadcast_to(x, lane.shape) for x in found)
             offset = jax.lax.rem(slots(j), page_size) + (lane if on_one_page else 0)
@@ -223,67 +219,30 @@ def _attend_parts(
                 vectors = values.at[page[:, None], half, head, offset[:, None], column[None, :]]
                 return _as_float(_load(vectors, cached[:, None] & in_column), q.dtype)
 
-            def read_scale(half: int) -> Float32[Array, "1 S"] | float:
-                if scales is None:
-                    return 1.0
+            def read_scale(half: int) -> Float32[Array, "1 S"]:
                 return _unit(values.dtype) * _load(scales.at[page, half, head, offset], cached)[None, :]
 
-            visible = cached[None, :] & (position[None, :] >= row_first[:, None])
-            scores = _dot(queries, read(_KEYS).T) * (scale * read_scale(_KEYS))
-            if softcap is not None:
-                scores = softcap * jnp.tanh(scores / softcap)
-            state = _attend_block(
-                state, jnp.where(visible, scores, -jnp.inf), read(_VALUES), read_scale(_VALUES)
+            scores = online_softmax.score(
+                queries,
+                read(_KEYS),
+                cached[None, :] & (position[None, :] >= row_first[:, None]),
+                scale=scale if scales is None else scale * read_scale(_KEYS),
+                softcap=softcap,
             )
+            v = read(_VALUES)
+            state = online_softmax.attend(state, scores, v, None if scales is None else read_scale(_VALUES))
             # Looked up a turn ahead, so that no copy of pages waits for it.
             return state, look_up(j + 1)
 
         turns = pl.cdiv(stop - start, tiling.block)
-        nothing = _start(tiling.rows, column.shape[0])
+        nothing = online_softmax.start(tiling.rows, column.shape[0])
         state, _ = jax.lax.fori_loop(0, turns, turn, (nothing, look_up(0)))
-        part_o, part_lse = _finish(state)
+        part_o, part_lse = online_softmax.finish(state)
         plgpu.store(o.at[i, head, row[:, None], column[None, :]], part_o, mask=in_row & in_column)
-        plgpu.store(lse.at[i, head, row], part_lse, mask=row < R)
+        plgpu.store(lse.at[i, head, row], part_lse[:, 0], mask=row < R)
         return carry
 
     jax.lax.fori_loop(plan.program_parts[program], plan.program_parts[program + 1], part, 0)
-
-
-def _start(M: int, H: int) -> _State:
-    return _State(
-        maximum=jnp.full((M,), LOWEST, jnp.float32),
-        total=jnp.zeros((M,), jnp.float32),
-        weighted=jnp.zeros((M, H), jnp.float32),
-    )
-
-
-def _attend_block(
-    state: _State,
-    scores: Float32[Array, "M S"],
-    v: Float[Array, "S H"],
-    v_scale: Float32[Array, "1 S"] | float,
-) -> _State:
-    maximum = jnp.maximum(state.maximum, jnp.max(scores, axis=1))
-    shrink = jnp.exp(state.maximum - maximum)
-    weights = jnp.exp(scores - maximum[:, None])
-    seen = _dot((weights * v_scale).astype(v.dtype), v)
-    return _State(
-        maximum=maximum,
-        total=state.total * shrink + jnp.sum(weights, axis=1),
-        weighted=state.weighted * shrink[:, None] + seen,
-    )
-
-
-def _finish(state: _State) -> tuple[Float32[Array, "M H"], Float32[Array, "M"]]:
-    """(o, lse); o = 0 and lse = -inf for the rows that saw nothing."""
-    seen = state.total > 0
-    total = jnp.where(seen, state.total, 1.0)
-    return state.weighted / total[:, None], jnp.where(seen, state.maximum + jnp.log(total), -jnp.inf)
-
-
-def _dot(a: Float[Array, "M X"], b: Float[Array, "X S"]) -> Float32[Array, "M S"]:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _load(ref: Any, mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
