@@ -50,7 +50,7 @@ def choose_devices(
         ConfigError: a device that does not exist, or a number of memory devices that does not divide
             the KV heads.
     """
-    workers = _memory_devices_for(num_cores(), num_kv_heads) if disaggregated else 0
+    workers = memory_devices_for(num_cores(), num_kv_heads) if disaggregated else 0
     highest = max(_highest_cpu("compute_devices", compute), _highest_cpu("memory_devices", memory))
     # With no memory_devices named, they come behind those that compute.
     _make_cpu_devices(highest + 1 if memory else max(1, highest + 1) + workers)
@@ -89,7 +89,8 @@ def _default_memory(compute: tuple[jax.Device, ...], workers: int) -> tuple[jax.
     return tuple(others[: workers if len(others) >= workers else 1])
 
 
-def _memory_devices_for(cores: int, num_kv_heads: int | None) -> int:
+def memory_devices_for(cores: int, num_kv_heads: int | None) -> int:
+    """How many of a CPU's virtual devices hold the cache: one per core, where the heads divide evenly."""
     if num_kv_heads is None:
         return cores
     return max(n for n in range(1, min(cores, num_kv_heads) + 1) if num_kv_heads % n == 0)

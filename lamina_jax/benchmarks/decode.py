@@ -149,7 +149,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
                 print(_text(cell, timings, rows), flush=True)
                 if isinstance(timings, dict) and (name, dtype) == GOAL_MODEL:
-                    print(*goals(cell, rows), sep="\n", flush=True)
+                    for goal in goals(cell, rows):
+                        print(goal, flush=True)
     return results
 
 

@@ -23,7 +23,7 @@ from lamina_jax.benchmarks.kernel_passes import (
 )
 from lamina_jax.compilation import num_cores
 from lamina_jax.cpu_kernels import use_native
-from lamina_jax.devices import choose_worker_devices
+from lamina_jax.devices import choose_worker_devices, memory_devices_for
 
 PASS_BYTES = 256 << 20
 """What a pass reads at least, where memory allows: several times what caches hold."""
@@ -38,7 +38,7 @@ OTHERS_DTYPE = torch_kernels.DTYPE
 """The only one that the kernels of others are timed with."""
 
 
-class Column(NamedTuple):
+class KernelColumn(NamedTuple):
     """A kernel with a cache of one dtype, and how to make its pass for a cell."""
 
     name: str
@@ -52,8 +52,7 @@ def find_devices(kv_heads: int) -> tuple[jax.Device, ...]:
     devices = choose_worker_devices(None)
     if devices[0].platform != "cpu":
         return devices[:1]
-    most = min(num_cores(), len(devices), kv_heads)
-    return devices[: max(n for n in range(1, most + 1) if kv_heads % n == 0)]
+    return devices[: memory_devices_for(min(num_cores(), len(devices)), kv_heads)]
 
 
 class Columns:
@@ -87,24 +86,24 @@ class Columns:
         needed = max((cell.pages(shape.page_size) for cell in self.cells), default=0)
         self.num_pages = max(needed, min(most, -(-PASS_BYTES // page_bytes)))
 
-    def ours(self) -> Iterator[Column]:
+    def ours(self) -> Iterator[KernelColumn]:
         """Each reading of `pallas_kernels.paged_attention` with each dtype."""
         for kernel, dtype in product(self._kernels, self._dtypes):
             step = planned_step(dtype) if kernel == PLANNED else paged_step(dtype, kernel)
-            yield Column(kernel, dtype, partial(self._pass, kernel, dtype, step))
+            yield KernelColumn(kernel, dtype, partial(self._pass, kernel, dtype, step))
 
-    def nothing(self, column: Column) -> Column:
+    def nothing(self, column: KernelColumn) -> KernelColumn:
         """In the place of one of ours: calls that read no pages."""
         return column._replace(make=partial(self._pass, column.name, column.dtype, empty_step))
 
-    def others(self) -> Iterator[Column]:
+    def others(self) -> Iterator[KernelColumn]:
         """The kernels of others; making a pass raises ImportError where one is not installed."""
         if self._others:
-            yield Column(shipped_kernels.NAME, OTHERS_DTYPE, self._shipped)
+            yield KernelColumn(shipped_kernels.NAME, OTHERS_DTYPE, self._shipped)
         if self._others and self._devices[0].platform == "gpu":
             for name, calls in torch_kernels.KERNELS.items():
                 make = partial(torch_kernels.make_pass, name, calls, self.shape, PASS_BYTES)
-                yield Column(name, OTHERS_DTYPE, make)
+                yield KernelColumn(name, OTHERS_DTYPE, make)
 
     def _pass(self, kernel: str, dtype: str, step: Step, cell: Cell) -> Pass:
         return self._pool(kernel, dtype).make_pass(kernel, cell, step)

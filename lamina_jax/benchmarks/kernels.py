@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from lamina_jax.benchmarks.device_bandwidth import Measure, bandwidth
-from lamina_jax.benchmarks.kernel_columns import OTHERS_DTYPE, Column, Columns, find_devices
+from lamina_jax.benchmarks.kernel_columns import OTHERS_DTYPE, Columns, KernelColumn, find_devices
 from lamina_jax.benchmarks.kernel_goals import goals
 from lamina_jax.benchmarks.kernel_passes import DTYPES, Cell, Pass, Shape
 from lamina_jax.benchmarks.table import format_table
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         found = measure(columns, cell, memory, rounds, seconds)
         print(f"\n{cell}; median of {rounds}\n{_text(found)}", flush=True)
         results += found
-    print()
-    print(*goals(results), sep="\n")
+    print("", *goals(results), sep="\n")
     return [{"device": devices[0].device_kind, "page_size": shape.page_size, **row} for row in results]
 
 
@@ -96,7 +95,7 @@ def fixed_costs(columns: Columns, memory: Measure) -> Iterator[dict[str, Any]]:
     page. What a call costs that reads nothing is taken off: the loop's own."""
     cell = Cell(1, columns.shape.page_size, GROUP)
     for column in columns.ours():
-        if column.dtype == OTHERS_DTYPE:
+        if column.dtype == OTHERS_DTYPE and columns.num_pages:
             attends, nothing = _warm(column, cell), _warm(columns.nothing(column), cell)
             if isinstance(attends, Pass) and isinstance(nothing, Pass):
                 pairs = [(attends.seconds_per_call(1), nothing.seconds_per_call(1)) for _ in range(5)]
@@ -129,7 +128,7 @@ def _quick_cells(platform: str) -> list[Cell]:
     return [*cells, *(cells[-2]._replace(group=group) for group in (1, 8))]
 
 
-def _warm(column: Column, cell: Cell) -> Pass | str:
+def _warm(column: KernelColumn, cell: Cell) -> Pass | str:
     """The pass, after a first run, or why there is none."""
     try:
         made = column.make(cell)

@@ -22,8 +22,15 @@ import jax
 from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent
-SECONDS = 180.0
-"""How long compiling may take. On two quiet cores it needs some eight."""
+SECONDS = 90.0
+"""How long compiling may take, and so how long a compiler that hangs holds up a start. On two quiet cores it
+needs some eight."""
+
+# Runs a compiler, which has children of its own: when standard input ends, because the process that holds its
+# other end has, the whole group ends.
+WITH_PARENT = (
+    'exec 3<&0; "$@" 3<&- </dev/null & compiler=$!; { cat <&3; kill -9 0; } >/dev/null 2>&1 & wait $compiler'
+)
 
 # As fast as this machine allows: the library is never used on another. GCC warns of its own headers.
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-w")
@@ -62,22 +69,25 @@ def _compile(compiler: list[str], output: Path) -> None:
     """Each source by a process of its own, then all into one library."""
     headers = ("-isystem", jax.ffi.include_dir())
     objects = {path: output.with_name(f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cc"))}
-    _run(
-        [[*compiler, *OPTIONS, *headers, "-c", str(source), "-o", str(to)] for source, to in objects.items()]
-    )
-    _run([[*compiler, "-shared", "-pthread", *map(str, objects.values()), "-o", str(output)]])
+    compilations = [
+        [*compiler, *OPTIONS, *headers, "-c", str(source), "-o", str(to)] for source, to in objects.items()
+    ]
+    _run(compilations, output.parent)
+    _run([[*compiler, "-shared", "-pthread", *map(str, objects.values()), "-o", str(output)]], output.parent)
 
 
-def _run(commands: list[list[str]]) -> None:
-    """All at the same time. None outlives this call; if this process is killed, they go on to their end."""
+def _run(commands: list[list[str]], folder: Path) -> None:
+    """All at the same time. None outlives this call, nor this process if it is killed."""
     deadline = time.monotonic() + SECONDS
+    alive, held = os.pipe()
     running = [
         subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            ["/bin/sh", "-c", WITH_PARENT, "sh", *command],
+            stdin=alive,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a compiler has children, which are to end with it
+            env={**os.environ, "TMPDIR": str(folder)},
+            start_new_session=True,
         )
         for command in commands
     ]
@@ -88,12 +98,14 @@ def _run(commands: list[list[str]]) -> None:
                 told = errors.decode(errors="replace")[-2000:]
                 raise BuildError(f"{shlex.join(command)} failed:\n{told}")
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{commands[0][0]} took more than {SECONDS:.0f} s") from None
+        raise BuildError(f"{commands[0][0]} took more than {SECONDS:.0f} s, and was ended") from None
     finally:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+        os.close(alive)
+        os.close(held)
 
 
 def _compiler() -> list[str]:

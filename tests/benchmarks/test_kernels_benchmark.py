@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lamina_jax.benchmarks.device_bandwidth import bandwidth
-from lamina_jax.benchmarks.kernel_columns import Column, Columns
+from lamina_jax.benchmarks.kernel_columns import Columns, KernelColumn
 from lamina_jax.benchmarks.kernel_goals import goals
 from lamina_jax.benchmarks.kernel_passes import (
     DTYPES,
@@ -79,7 +79,7 @@ def test_one_kernels_failure_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
         raise ImportError("not installed\nand more")
 
     found = columns("float32")
-    monkeypatch.setattr(found, "others", lambda: [Column("theirs", "bfloat16", fail)])
+    monkeypatch.setattr(found, "others", lambda: [KernelColumn("theirs", "bfloat16", fail)])
     rows = measure(found, CELL, lambda: 1e6, rounds=1, seconds=0.001)
     assert "error" not in rows[0]
     assert rows[-1]["error"] == "ImportError: not installed"

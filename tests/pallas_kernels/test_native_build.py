@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +79,37 @@ def test_a_compiler_that_takes_too_long(compiler: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(build, "SECONDS", 0.2)
     with pytest.raises(build.BuildError, match="took more than"):
         build.library(compiler / "native")
+
+
+@pytest.mark.multi
+def test_a_compiler_and_its_children_end_with_a_start_that_is_killed(compiler: Path) -> None:
+    script, child = compiler / "c++", compiler / "child"
+    script.write_text(
+        script.read_text().replace("for last", f"sleep 300 & echo $! > {child}; wait; for last")
+    )
+    imports = "from pathlib import Path; from pallas_kernels.native import build"
+    code = f"{imports}; build.library(Path({str(compiler)!r}))"
+    start = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        pid = int(_soon(lambda: child.read_text() if child.exists() else ""))
+    finally:
+        start.send_signal(signal.SIGKILL)
+        start.wait()
+    _soon(lambda: not _runs(pid))
+
+
+def _soon(ask: Callable[[], Any]) -> Any:
+    """What it answers, once that is true."""
+    deadline = time.monotonic() + 30
+    while not (answer := ask()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return answer
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
