@@ -8,6 +8,7 @@ hold.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from lamina_jax.cluster.commands import commands
@@ -33,6 +34,9 @@ API_KEYS = "api-keys/keys"
 
 ONE_SLICE = {"leaderworkerset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
 """All hosts of a group in one TPU slice, which is a node pool."""
+
+OWN = {"follower": {"--host-id": "$(LWS_WORKER_INDEX)"}}
+"""Of a component's flags, what each pod has of its own: LeaderWorkerSet tells it."""
 
 Object = dict[str, Any]
 
@@ -73,13 +77,10 @@ class _Manifests:
         if len(compute) > 1:
             found.append(self._policy("follower", [(None, compute)]))
         ports = _worker_ports(self._on_pods)
-        found += self._set(
-            "worker", len(workers), ports, Probes.of_worker(self._on_pods.security, ports["grpc"])
-        )
+        found += self._set("worker", len(workers), ports)
         found.append(self._policy("worker", [(ports, [*compute, "prefill"] if prefill else compute)]))
         if prefill:
-            ports = {"grpc": prefill[0].port}
-            found += self._set("prefill", len(prefill), ports, Probes.of_port(ports["grpc"]))
+            found += self._set("prefill", len(prefill), {"grpc": prefill[0].port})
             found.append(self._policy("prefill", [(None, [*compute, "worker"])]))
         return found
 
@@ -102,9 +103,10 @@ class _Manifests:
             group["metadata"]["annotations"] = ONE_SLICE
         return group
 
-    def _set(self, component: str, count: int, ports: dict[str, int], probes: Probes) -> list[Object]:
+    def _set(self, component: str, count: int, ports: dict[str, int]) -> list[Object]:
         """`count` pods with names of their own, and the service that names them."""
         labels = self._labels(component)
+        probes = Probes.of_grpc(self._on_pods.security, ports["grpc"])
         spec = {
             "serviceName": f"{self._name}-{component}",
             "replicas": count,
@@ -119,9 +121,12 @@ class _Manifests:
 
     def _template(self, role: str, component: str, ports: dict[str, int], probes: Probes) -> Object:
         process = self._cluster.roles()[role]
+        own = dict(OWN.get(component, {}))
+        if "grpc" in ports:
+            own["--listen"] = f"{EVERYWHERE}:{ports['grpc']}"
         return pod_template(
             Pod(
-                argv=self._argv[role],
+                argv=[own.get(flag, word) for flag, word in pairwise(("", *self._argv[role]))],
                 component=component,
                 labels=self._labels(component),
                 ports=ports,
@@ -193,14 +198,10 @@ def _on_pods(cluster: Cluster) -> Cluster:
         return f"{name}-{component}-{number}.{name}-{component}.{namespace}.svc"
 
     pods = relocated(spread(renumbered(replace(cluster, workers=alike, prefill=prefill))), address, "pods")
-    workers = tuple(
-        replace(worker, settings=replace(worker.settings, listen=f"{EVERYWHERE}:{worker.port}"))
-        for worker in pods.workers
-    )
     paths = {key: f"{FOLDER}/{path}" for key, path in SECRETS.items() if getattr(cluster.security, key)}
     settings = replace(pods.engine.settings, security=replace(cluster.security, **paths))  # type: ignore[arg-type]
     engine = replace(pods.engine, settings=settings, server=_server(cluster))
-    return replace(pods, engine=engine, workers=workers)
+    return replace(pods, engine=engine)
 
 
 def _server(cluster: Cluster) -> ServerConfig:

@@ -9,9 +9,6 @@ from lamina_jax.cluster.processes import Cluster
 from lamina_jax.cluster.relocate import devices_of, side_of
 from lamina_jax.config import SecurityConfig
 
-FOLLOWER = {"--host-id": "$(LWS_WORKER_INDEX)"}
-"""What differs between followers: LeaderWorkerSet tells each pod."""
-
 IMAGE_TAGS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 RESOURCES = {"gpu": "nvidia.com/gpu", "cuda": "nvidia.com/gpu", "tpu": "google.com/tpu"}
 
@@ -43,16 +40,11 @@ class Probes:
         )
 
     @classmethod
-    def of_worker(cls, security: SecurityConfig, port: int) -> Probes:
-        """Of the gRPC health service; over TLS the kubelet cannot ask it."""
+    def of_grpc(cls, security: SecurityConfig, port: int) -> Probes:
+        """Of the gRPC health service; over TLS, where the kubelet cannot ask it, of the port alone."""
         if security.tls_cert is not None:
-            return cls.of_port(port)
+            return cls({"tcpSocket": {"port": port}}, {"tcpSocket": {"port": port}})
         return cls({"grpc": {"port": port}}, {"grpc": {"port": port}})
-
-    @classmethod
-    def of_port(cls, port: int) -> Probes:
-        """Whether something listens."""
-        return cls({"tcpSocket": {"port": port}}, {"tcpSocket": {"port": port}})
 
     def of_container(self) -> Object:
         """The container's fields."""
@@ -71,11 +63,11 @@ class Pod:
     """What its kind says of a pod.
 
     Args:
-        argv: as it is outside; what followers have of their own is put in.
+        argv: with the variables that Kubernetes puts in, $(NAME).
         ports: by name.
     """
 
-    argv: tuple[str, ...]
+    argv: list[str]
     component: str
     labels: dict[str, str]
     ports: dict[str, int]
@@ -100,7 +92,7 @@ def pod_template(pod: Pod, cluster: Cluster, role: str) -> Object:
     container: Object = {
         "name": pod.component,
         "image": f"{place.image}:{IMAGE_TAGS.get(platform, platform)}",
-        "command": list(_own(pod.argv) if pod.component == "follower" else pod.argv),
+        "command": pod.argv,
         "env": [{"name": name, "value": value} for name, value in _environment(pod, cluster).items()],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": mounts,
@@ -121,11 +113,6 @@ def pod_template(pod: Pod, cluster: Cluster, role: str) -> Object:
     if labels := getattr(place, side):
         spec["nodeSelector"] = labels
     return {"metadata": {"labels": pod.labels}, "spec": spec}
-
-
-def _own(argv: tuple[str, ...]) -> list[str]:
-    """The command with what differs between followers."""
-    return [FOLLOWER.get(before, word) for before, word in zip(("", *argv), argv, strict=False)]
 
 
 def _environment(pod: Pod, cluster: Cluster) -> dict[str, str]:

@@ -169,6 +169,16 @@ def test_pods_run_what_the_file_says(tmp_path: Path) -> None:
     assert pod["spec"]["terminationGracePeriodSeconds"] > worker.drain_seconds
 
 
+def test_a_prefill_pod_listens_on_its_own_address(tmp_path: Path) -> None:
+    file = write(tmp_path, more=PREFILL + PREFILL.replace("7301", "7302"))
+    prefill = manifests(file)["StatefulSet", "lamina-pool-prefill"]
+    argv = prefill["spec"]["template"]["spec"]["containers"][0]["command"]
+    options, _ = serve.cluster_flags().parse_known_args(argv[3:])
+    assert (options.role, options.listen) == ("prefill", "0.0.0.0:7301")
+    assert serve.parse(argv[3:])[0].model == "bundled"
+    assert prefill["spec"]["replicas"] == 2
+
+
 def test_secrets_are_files_that_are_named_only(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "clusters" / "h100-h20.toml").read_text()
     (tmp_path / "pool.toml").write_text(text)
