@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -16,10 +17,9 @@ import pytest
 from real_processes import free_ports
 from worker_talk import until
 
-pytest.importorskip("ray", reason="needs ray: pip install -e '.[ray]'")
-
 pytestmark = [
     pytest.mark.hosts,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install -e '.[ray]'"),
     pytest.mark.timeout(500),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
@@ -148,9 +148,7 @@ def test_a_worker_that_dies_is_started_anew_and_the_service_answers_again(
     assert until(lambda: not pids(str(ports[1])), 20)
 
 
-def test_a_resource_that_no_node_has_is_named(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resource_that_no_node_has_is_named(tmp_path: Path, address: str) -> None:
     file = tmp_path / "pool.toml"
     file.write_text(CLUSTER.format(*free_ports(3)) + '[ray]\nmemory = "no_such"\n')
     code = f"""
