@@ -20,7 +20,8 @@ from types import FrameType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a program; its exit code as a shell counts it (128 + n where signal n ended it)."""
+    """Run a program; its exit code as a shell counts it: 128 + n where signal n ended it, 0 if that was the
+    SIGTERM that it was sent."""
     parser = argparse.ArgumentParser(prog="python -m lamina_jax.cluster.tether", description=__doc__)
     parser.add_argument("--grace", type=float, required=True, help="seconds from SIGTERM to SIGKILL")
     parser.add_argument("--cores", help="run on these cores only")
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.Thread(target=_end, args=(process, hung_up, options.grace), daemon=True).start()
     code = process.wait()
     _signal(process, signal.SIGKILL)  # what it has started, too
+    if hung_up.is_set() and code == -signal.SIGTERM:
+        return 0
     return code if code >= 0 else 128 - code
 
 

@@ -67,8 +67,8 @@ directory = "{directory}"
 STAND_IN = """#!/usr/bin/env bash
 # A Python that runs what starts others, and otherwise says what it is to run, until it is told to end.
 if [[ "$2" == lamina_jax.cluster.* ]]; then exec {real} "$@"; fi
-echo "runs $* in $PWD with ${{WORD:-nothing}}"
 trap 'echo drained; exit 0' TERM
+echo "runs $* in $PWD with ${{WORD:-nothing}}"
 if [ -e {folder}/die ] && [[ "$*" == *attend*:{port}* ]]; then exit 7; fi
 while true; do sleep 0.05; done
 """
