@@ -15,6 +15,8 @@ from pathlib import Path
 
 import jax
 
+from lamina_jax.benchmarks.quick import parse
+
 BENCHMARKS = (
     "aot",
     "bandwidth",
@@ -48,7 +50,7 @@ def main() -> None:
     )
     benchmark.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    args = parser.parse_args(sys.argv[2:])
+    args = parse(parser, sys.argv[2:])
     results = benchmark.run(args)
     if args.json:
         facts = {"jax": jax.__version__, "python": platform.python_version(), "machine": platform.machine()}

@@ -20,6 +20,7 @@ from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.tcp_proxy import Proxy
 from lamina_jax.benchmarks.two_cores import Bench, PinnedWorker, whole_pages
@@ -37,7 +38,8 @@ PROXY_HOST = "127.0.0.2"  # where it can have the ports that the worker has on 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="three bandwidths in three rounds")
+    add_quick(parser, "three bandwidths in three rounds", factors=(0.5, 1.0, 2.0), rounds=3)
+    parser.set_defaults(factors=FACTORS)
     parser.add_argument("--batch", type=int, default=128, help="requests decoded at once (default 128)")
     parser.add_argument("--context", type=int, default=384, help="cached tokens of each (default 384)")
     parser.add_argument("--rounds", type=int, default=9, help="timings per bandwidth (default 9)")
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table for each way to run; the results as plain dicts."""
     plot = plotter("bandwidth_plot") if args.plot else None
-    rounds, factors = (3, (0.5, 1.0, 2.0)) if args.quick else (args.rounds, FACTORS)
+    rounds, factors = args.rounds, args.factors
     with ExitStack() as ends:
         longest = whole_pages(args.context)
         bench = ends.enter_context(Bench(COMPUTE_BOUND, batch=args.batch, longest=longest))

@@ -29,6 +29,7 @@ from lamina_jax.benchmarks.columns import (
     rows_of,
     time_in_turn,
 )
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.reference import (
     NO_REFERENCE,
     add_llama_batched_bench,
@@ -75,8 +76,13 @@ MEMORY_SHARE = 0.6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quick", action="store_true", help="batch 8 at context 128 and 1024, bfloat16, timings of 1 s"
+    add_quick(
+        parser,
+        "batch 8 at context 128 and 1024, bfloat16, timings of 1 s",
+        batch=[8],
+        context=[128, 1024],
+        dtype=["bfloat16"],
+        seconds=1.0,
     )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1, 8, 32], help="requests decoded at once (default 1 8 32)"
@@ -125,9 +131,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table per model, dtype and cell; the results as plain dicts."""
-    batches, contexts, dtypes, seconds = args.batch, args.context, args.dtype, args.seconds
-    if args.quick:
-        batches, contexts, dtypes, seconds = [8], [128, 1024], ["bfloat16"], 1.0
     if args.instead and (args.settings or args.reference_python or args.llama_batched_bench):
         raise SystemExit(
             "--settings, --reference-python and --llama-batched-bench are for the columns that --choices and "
@@ -136,14 +139,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     engines = args.instead or {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
     if not args.instead and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
-    cells = [Cell(*cell) for cell in product(batches, contexts)]
+    cells = [Cell(*cell) for cell in product(args.batch, args.context)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
-        for (name, folder), dtype in product(models(args.model, Path(scratch)), dtypes):
+        for (name, folder), dtype in product(models(args.model, Path(scratch)), args.dtype):
             found = find_model(folder)
             outside = {} if args.instead else outside_commands(args, found, dtype, Path(scratch))
             comparison = Comparison(found, dtype, engines, outside)
-            for cell, timings in comparison.measure(cells, args.rounds, seconds):
+            for cell, timings in comparison.measure(cells, args.rounds, args.seconds):
                 rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.core import Request, RequestOutput, SamplingParams, StepPlan
 from lamina_jax.engine.engine import Engine
@@ -48,14 +49,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="three rounds of 32 tokens per request")
+    add_quick(parser, "three rounds of 32 tokens per request", rounds=3, tokens=32)
     parser.add_argument("--rounds", type=int, default=7, help="timings of each setting (default 7)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each request (default 128)")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table; the results as plain dicts."""
-    rounds, count = (3, 32) if args.quick else (args.rounds, args.tokens)
+    rounds, count = args.rounds, args.tokens
     tokenizer = Tokenizer.from_folder(Path(str(resources.files("lamina_jax") / "data" / "bundled")))
     model = QuickModel(np.array(tokenizer.encode(TEXT, special_tokens=False), np.int32))
     timed: dict[tuple[str, int], Callable[[], float]] = {

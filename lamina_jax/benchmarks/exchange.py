@@ -33,6 +33,7 @@ import numpy as np
 
 from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.null_worker import DEADLINE_SECONDS, RAW_METHOD, receive_raw
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.exchange.channel import Channel
 from lamina_jax.exchange.frames import Header, Kind
@@ -51,14 +52,14 @@ Trip = Callable[[], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="4 KB, 64 KB and 1 MB in 20 rounds")
+    add_quick(parser, "4 KB, 64 KB and 1 MB in 20 rounds", sizes=list(SIZES)[:3], rounds=20)
+    parser.set_defaults(sizes=list(SIZES))
     parser.add_argument("--rounds", type=int, default=50, help="timings of each way (default 50)")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table; the results as plain dicts."""
-    sizes = list(SIZES)[:3] if args.quick else list(SIZES)
-    rounds = 20 if args.quick else args.rounds
+    sizes, rounds = args.sizes, args.rounds
     allowed = os.sched_getaffinity(0)
     engine, worker = min(allowed), max(allowed)
     results = [row for name in sizes for row in _measure(name, rounds, engine, worker)]

@@ -44,7 +44,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="the engine alone beside the server; the load is --output-tokens, --ids-below and --seed",
     )
     group.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="at once (default 1 64 500)")
-    group.add_argument("--rounds", type=int, default=5, help="timings of each (default 5; --quick: 1)")
+    group.add_argument("--rounds", type=int, default=5, help="timings of each (default 5)")
 
 
 class EngineAlone(Column):
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print a table of both and one of CPU time; the results as plain dicts."""
     if args.url:
         raise SystemExit("--overhead starts both of what it compares: leave --url out")
-    tokens = 32 if args.quick else args.output_tokens[1]
+    tokens = args.output_tokens[1]
     if tokens < 2:
         raise SystemExit("--overhead looks at gaps between tokens: --output-tokens must be at least 2")
     model, flags = args.model or "bundled", ["--max-num-seqs", str(SEATS), *args.server_flags]
@@ -136,10 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             way(_requests(SEATS, WARM_UP_TOKENS, args))
         for streams in args.streams:
             requests = _requests(streams, tokens, args)
-            rounds = [
-                {name: way(requests) for name, way in ways.items()}
-                for _ in range(1 if args.quick else args.rounds)
-            ]
+            rounds = [{name: way(requests) for name, way in ways.items()} for _ in range(args.rounds)]
             levels.append({"streams": streams, "tokens": tokens, **_compared(rounds)})
     _print(model, levels)
     return {"levels": levels}

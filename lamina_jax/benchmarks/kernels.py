@@ -18,6 +18,7 @@ from lamina_jax.benchmarks.device_bandwidth import Measure, bandwidth
 from lamina_jax.benchmarks.kernel_columns import OTHERS_DTYPE, Columns, KernelColumn, find_devices
 from lamina_jax.benchmarks.kernel_goals import goals
 from lamina_jax.benchmarks.kernel_passes import DTYPES, Cell, Pass, Shape
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.memory import available_memory
@@ -38,7 +39,9 @@ BUFFER_BYTES = 512 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a few cells, in three rounds of 0.1 s")
+    add_quick(
+        parser, "a few cells, in three rounds of 0.1 s", rounds=3, seconds=0.1, batch=[], context=[], group=[]
+    )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="requests (default 1 8 32 128 256)"
     )
@@ -65,10 +68,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     keep_programs(None)
     shape = Shape(page_size=args.page_size)
     devices = find_devices(shape.kv_heads)
-    cells = [Cell(*cell) for cell in product(args.batch, args.context, args.group)]
-    rounds, seconds = args.rounds, args.seconds
-    if args.quick:
-        cells, rounds, seconds = _quick_cells(devices[0].platform), 3, 0.1
+    cells, rounds, seconds = _cells(args, devices[0].platform), args.rounds, args.seconds
     budget = int(MEMORY_SHARE * available_memory(devices))
     columns = Columns(shape, args.dtype, devices, cells, budget)
     memory = bandwidth(devices, BUFFER_BYTES)
@@ -123,9 +123,18 @@ def measure(
     ]
 
 
-def _quick_cells(platform: str) -> list[Cell]:
-    cells = [Cell(*cell, GROUP) for cell in QUICK[platform]]
-    return [*cells, *(cells[-2]._replace(group=group) for group in (1, 8))]
+def _cells(args: argparse.Namespace, platform: str) -> list[Cell]:
+    """Of all batches, contexts and groups; of a quick run those of QUICK, where flags say nothing else."""
+    quick = [Cell(*cell, GROUP) for cell in QUICK[platform]]
+    quick += [quick[-2]._replace(group=group) for group in (1, 8)]
+    cells = [
+        Cell(*cell)
+        for some in quick
+        for cell in product(
+            args.batch or [some.batch], args.context or [some.context], args.group or [some.group]
+        )
+    ]
+    return list(dict.fromkeys(cells))
 
 
 def _warm(column: KernelColumn, cell: Cell) -> Pass | str:

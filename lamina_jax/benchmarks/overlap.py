@@ -15,6 +15,7 @@ from typing import Any
 from lamina_jax.benchmarks import overlap_gain
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import Column, summary, time_in_turn
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.two_cores import Bench, balanced_context, whole_pages, xla_threads
 
@@ -32,8 +33,13 @@ SPLIT = {
 TIMED = ("compute", "attention", "wire_out", "wire_back", "exposed_wire")
 
 
+FACTORS = (0.125, 0.25, 0.5, 1, 1.5)
+"""Of the balanced context: those timed."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="the balanced context only, in five rounds")
+    add_quick(parser, "the balanced context only, in five rounds", factors=(1,), rounds=5)
+    parser.set_defaults(factors=FACTORS)
     parser.add_argument(
         "--overlap-gain", action="store_true", help="instead: q first, on against off, at G = 1 and G = 8"
     )
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print what was chosen and the tables; the results as plain dicts."""
-    rounds = 5 if args.quick else args.rounds
+    rounds = args.rounds
     if args.overlap_gain:
         return overlap_gain.run(args.batch, rounds, args.seconds)
     with Bench(COMPUTE_BOUND, batch=args.batch, longest=LONGEST) as bench:
@@ -56,17 +62,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         threads = xla_threads(engine.process), xla_threads(worker.process)
         print(f"threads of XLA: {threads[0]} in the engine, {threads[1]} in the worker")
         balanced = balanced_context(engine, LONGEST)
-        contexts = [balanced] if args.quick else _around(balanced)
+        contexts = sorted({whole_pages(min(balanced * factor, LONGEST)) for factor in args.factors})
         results = [_measure(bench, rounds, args.seconds, context) for context in contexts]
         print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
         _print(results, balanced, args.batch, rounds)
         results += [_hop(engine, batch, balanced) for batch in (*HOP_BATCHES, args.batch)]
     return results
-
-
-def _around(balanced: int) -> list[int]:
-    factors = 0.125, 0.25, 0.5, 1, 1.5
-    return sorted({whole_pages(min(balanced * factor, LONGEST)) for factor in factors})
 
 
 def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[str, Any]:

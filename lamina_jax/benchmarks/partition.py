@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.core import Request, SamplingParams, StepPlan
 from lamina_jax.engine.scheduler import Scheduler, SchedulerConfig
@@ -32,7 +33,7 @@ PREFILL_BUCKET = (8, 2048)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="32 requests, one, two and four workers")
+    add_quick(parser, "32 requests, one, two and four workers", requests=32, workers=[1, 2, 4])
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="W (default 1 2 4 8 16)"
     )
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table; the results as plain dicts, `balance` being None where W is refused."""
-    workers, requests = ([1, 2, 4], 32) if args.quick else (args.workers, args.requests)
+    workers, requests = args.workers, args.requests
     seats = args.seats or requests
     if seats < requests:
         raise SystemExit(f"--seats {seats} does not hold --requests {requests}: raise it, or leave it out")

@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.reference import (
     NO_REFERENCE,
     add_reference_python,
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["auto"],
         help="of the weights (default: the checkpoint's)",
     )
-    parser.add_argument("--quick", action="store_true", help="the first 2048 tokens")
+    add_quick(parser, "the first 2048 tokens", max_tokens=2048)
     parser.add_argument("--reference", action="store_true", help="a row of torch and transformers, too")
     add_reference_python(parser)
 
@@ -116,8 +117,7 @@ def _tokens(folder: Path, args: argparse.Namespace) -> list[int]:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise SystemExit(f"{folder} has no tokenizer.json: its text cannot become tokens")
-    most = 2048 if args.quick else args.max_tokens
-    return tokenizer.encode(args.text.read_text(encoding="utf-8"))[:most]
+    return tokenizer.encode(args.text.read_text(encoding="utf-8"))[: args.max_tokens]
 
 
 def _scores(

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lamina_jax.benchmarks.columns import COLUMNS, RANDOM_QWEN3, compare, format_rows, models
+from lamina_jax.benchmarks.quick import add_quick
 
 COLLOCATED = list(COLUMNS)[:2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a prompt of 1024 tokens, three rounds")
+    add_quick(parser, "a prompt of 1024 tokens, three rounds", prompt=[1024], rounds=3)
     parser.add_argument(
         "--prompt", type=int, nargs="+", default=[256, 1024], help="its tokens (default 256 1024)"
     )
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table per model and prompt length; the results as plain dicts."""
-    prompts, rounds = ([1024], 3) if args.quick else (args.prompt, args.rounds)
+    prompts, rounds = args.prompt, args.rounds
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for name, folder in models(args.model, Path(scratch)):

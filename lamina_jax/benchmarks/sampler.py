@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.benchmarks.worker import decode_plans, run_steps
 from lamina_jax.compilation import compile_all
@@ -55,7 +56,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="five rounds")
+    add_quick(parser, "five rounds", rounds=5)
     parser.add_argument("--batch", type=int, default=32, help="rows (default 32)")
     parser.add_argument("--context", type=int, default=128, help="cached tokens of each (default 128)")
     parser.add_argument("--rounds", type=int, default=20, help="timings of each (default 20)")
@@ -64,18 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table; the results as plain dicts."""
-    rounds = 5 if args.quick else args.rounds
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         folder = args.model or str(random_checkpoint(QWEN3_0_6B, Path(scratch)))
         timed = _timed(folder, args.batch, args.context)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, once in timed.items():
             seconds[name].append(once())
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     step = medians.pop("decode step")
     where = f"batch {args.batch}, context {args.context}"
-    print(f"\na decode step at {where}: {1e3 * step:.0f} ms; median of {rounds}")
+    print(f"\na decode step at {where}: {1e3 * step:.0f} ms; median of {args.rounds}")
     rows = [[name, f"{1e3 * median:.1f}", f"{median / step:.1%}"] for name, median in medians.items()]
     print(format_table(["sampler", "ms", "of a step"], rows))
     medians = {"decode step": step, **medians}

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lamina_jax.benchmarks import http_overhead
 from lamina_jax.benchmarks.latencies import FIGURES, Record, goodput, summary
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.server_process import serving
 from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.workload import (
@@ -40,7 +41,15 @@ API_KEY = "LAMINA_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="40 requests at 10 a second, 64 + 32 tokens")
+    add_quick(
+        parser,
+        "40 requests at 10 a second, 64 + 32 tokens; one round with --overhead",
+        requests=40,
+        rate=10.0,
+        prompt_tokens=(64, 64),
+        output_tokens=(32, 32),
+        rounds=1,
+    )
     where = parser.add_argument_group("the server")
     where.add_argument("--url", help="one that runs, such as http://127.0.0.1:8000; default: start one")
     where.add_argument("--model", help='a folder or hub id to serve (default "bundled"); with --url its name')
@@ -87,8 +96,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.overhead:
         return http_overhead.run(args)
     draw = plotter("serve_plot") if args.plot else None
-    if args.quick:
-        args.requests, args.rate, args.prompt_tokens, args.output_tokens = 40, 10.0, (64, 64), (32, 32)
     with _target(args) as (target, context):
         requests, left_out = planned(args, context)
         records, seconds = _send(target, requests, args.concurrency)

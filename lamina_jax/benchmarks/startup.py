@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.server_process import ServerProcess
 from lamina_jax.benchmarks.table import format_table
 
@@ -36,7 +37,7 @@ COUNTS = ("programs", "from the cache", "CPU seconds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="one round")
+    add_quick(parser, "one round", rounds=1)
     parser.add_argument("--model", default="bundled", help="a folder or hub id (default: bundled)")
     parser.add_argument("--rounds", type=int, default=3, help="of two starts each (default 3)")
     parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="more flags of the server")
@@ -44,16 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the table; the results as plain dicts."""
-    rounds = 1 if args.quick else args.rounds
     starts: dict[str, list[dict[str, float]]] = {name: [] for name in STARTS}
-    for number in range(rounds):
+    for number in range(args.rounds):
         with tempfile.TemporaryDirectory(prefix="lamina-bench-") as folder:
             for name in STARTS:
-                print(f"round {number + 1} of {rounds}: {name} start", file=sys.stderr)
+                print(f"round {number + 1} of {args.rounds}: {name} start", file=sys.stderr)
                 flags = ["--compilation-cache", folder, *args.server_flags]
                 starts[name].append(start(args.model, flags))
     results = [{"model": args.model, "start": name, **medians(taken)} for name, taken in starts.items()]
-    print(f"{args.model}: seconds from the command to /ready; median of {rounds}")
+    print(f"{args.model}: seconds from the command to /ready; median of {args.rounds}")
     print(table(results))
     return results
 

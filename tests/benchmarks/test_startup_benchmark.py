@@ -40,7 +40,7 @@ def test_a_phase_lasts_until_the_next() -> None:
 @pytest.mark.slow
 def test_two_starts(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--max-num-seqs", "1", "--max-prefill-tokens", "64", "--max-model-len", "128"]
-    args = argparse.Namespace(quick=True, model="bundled", rounds=9, server_flags=small)
+    args = argparse.Namespace(model="bundled", rounds=1, server_flags=small)
     first, second = results = startup.run(args)
     assert [result["start"] for result in results] == ["first", "second"]
     assert first["from the cache"] == 0 < first["programs"]
