@@ -21,8 +21,8 @@ from jaxtyping import Array, Int32, Shaped
 
 from pallas_kernels.paged_attention.tpu_plan import LANES, SUBLANES, Chip, round_up, this_chip
 
-# Up to so many tokens XLA writes in place what has its tokens in sublanes of 16 or 32 bits. From 1,024 on,
-# and anything else, it copies to another layout and back.
+# Up to so many tokens of several heads XLA writes in place what has its tokens in sublanes of 16 or 32 bits.
+# From 1,024 on, and anything else, it copies to another layout and back.
 _XLA_TOKENS = 512
 # Tables of so many tokens leave most of the scalar memory free.
 _MOST_TOKENS = 4096
@@ -32,7 +32,8 @@ _MOST_AHEAD = 4
 
 def must_put_rows(pages: Shaped[Array, "P 2 K p *rest"], tokens: int) -> bool:
     """Whether XLA would copy all pages, or scales, to write so many tokens."""
-    return _tokens_in_lanes(pages) or pages.dtype.itemsize == 1 or tokens > _XLA_TOKENS
+    is_plain = pages.dtype.itemsize > 1 and pages.shape[2] > 1 and not _tokens_in_lanes(pages)
+    return not is_plain or tokens > _XLA_TOKENS
 
 
 def put_rows(

@@ -232,8 +232,9 @@ def test_heads_on_several_devices_of_a_tpu() -> None:
 
 
 def test_xla_puts_what_it_puts_in_place() -> None:
-    wide, narrow = jnp.zeros((1, 2, 1, 128, 128), jnp.bfloat16), jnp.zeros((1, 2, 1, 128, 64), jnp.bfloat16)
+    wide, narrow = jnp.zeros((1, 2, 2, 128, 128), jnp.bfloat16), jnp.zeros((1, 2, 2, 128, 64), jnp.bfloat16)
     assert [must_put_rows(wide, tokens) for tokens in (1, 512, 1024)] == [False, False, True]
     assert must_put_rows(narrow, 1)
+    assert must_put_rows(wide[:, :, :1], 1)
     assert must_put_rows(wide.astype(jnp.int8), 1)
     assert must_put_rows(jnp.zeros((1, 2, 1, 64)), 1)
