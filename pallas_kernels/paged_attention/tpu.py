@@ -111,7 +111,7 @@ def _paged_attention(
         p=page_size,
         H=H,
         entries=M,
-        token_bytes=2 * K * H * stored[0].dtype.itemsize,
+        itemsize=stored[0].dtype.itemsize,
     )
     items = _cut(q, q_positions, window, context_lens, page_index, page_size, blocks)
     per_core = items.starts.shape[0] // blocks.cores

@@ -82,26 +82,47 @@ def choose_blocks(
     p: int,
     H: int,
     entries: int,
-    token_bytes: int,
+    itemsize: int,
 ) -> Blocks:
     """Blocks for Q new tokens per request, with tables of so many entries.
 
     Args:
-        token_bytes: of a token's K and V in all heads.
+        itemsize: bytes of a value in the pages; those of one byte have scales.
+
+    Raises:
+        ValueError: pages so large that not even two of the shortest turns fit in VMEM.
     """
     tokens = _query_tokens(chip, Q, G, K, H)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * tokens * G <= SUBLANES))
     rows = round_up(heads * tokens * G, SUBLANES)
 
+    shortest = math.lcm(p, LANES)  # whole pages, and whole vectors of scores
+    fewest, most = _DEPTHS
+    buffered = _buffered_bytes(K, p, H, itemsize)
+    # A quarter is for queries and outputs, and one is not asked for; half of the rest for what is computed.
+    room = chip.vmem_bytes * 3 // 8
+    longest = int(room // (fewest * buffered)) // shortest * shortest
+    if not longest:
+        raise ValueError(
+            f"page size {p}: {fewest} turns of {shortest} tokens with {K} KV heads of {H} take "
+            f"{fewest * shortest * buffered / 2**20:.0f} MiB, but a tpu's kernel has {room / 2**20:.0f} for "
+            f"them: choose page size {LANES}"
+        )
     turn_tokens = min(
         max(LANES, _TURN_WORK // K), _MOST_PAGES * p, entries * p, max(LANES, _MOST_SCORES // rows)
     )
-    # Whole vectors of scores.
-    turn_tokens = round_up(turn_tokens, math.lcm(p, LANES))
+    turn_tokens = min(round_up(turn_tokens, shortest), longest)
     on_their_way = chip.bytes_per_s * _LATENCY_S
-    depth = 1 + math.ceil(on_their_way / (turn_tokens * token_bytes))
-    fewest, most = _DEPTHS
-    return Blocks(tokens, heads, rows, turn_tokens // p, min(max(depth, fewest), most), chip.cores)
+    depth = 1 + math.ceil(on_their_way / (turn_tokens * 2 * K * H * itemsize))
+    depth = min(max(depth, fewest), most, int(room // (turn_tokens * buffered)))
+    return Blocks(tokens, heads, rows, turn_tokens // p, depth, chip.cores)
+
+
+def _buffered_bytes(K: int, p: int, H: int, itemsize: int) -> float:
+    """Of VMEM that a token's K and V of all heads take in a buffer, whole tiles of scales included."""
+    values = 2 * K * itemsize * (H if H % LANES == 0 else round_up(H, SUBLANES * 4 // itemsize))
+    scales = 2 * 4 * round_up(K, SUBLANES) * round_up(p, LANES) / p if itemsize == 1 else 0
+    return values + scales
 
 
 def _query_tokens(chip: Chip, Q: int, G: int, K: int, H: int) -> int:

@@ -101,7 +101,7 @@ def turn_tokens(pages: Any, *, Q: int, K: int, G: int, H: int, p: int, M: int, *
         p=p,
         H=H,
         entries=M,
-        token_bytes=2 * K * H * stored.dtype.itemsize,
+        itemsize=stored.dtype.itemsize,
     )
     return blocks.pages * p
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def quantized(case: Case, dtype: str) -> tuple[Case, QuantizedPages]:
         # Tokens in lanes, and two cores with an odd number of items.
         ({"H": 64, "p": 128, "G": 2, "window": 30}, Chip(cores=2)),
         # Query tokens in tiles that do not come out even.
-        ({"K": 1, "G": 5, "Q": 7, "window": 18, "softcap": 3.0}, Chip(vmem_bytes=8 << 14)),
+        ({"K": 1, "G": 5, "Q": 19, "window": 18, "softcap": 3.0}, Chip(vmem_bytes=11 << 16)),
     ],
     ids=["rows shared", "tokens in lanes", "tiles of queries"],
 )
@@ -99,13 +100,16 @@ def test_any_shape_equals_numpy(data: st.DataObject) -> None:
         "p": data.draw(st.sampled_from([16, 32, 64, 128, 256])),
         "M": data.draw(st.integers(1, 5)),
     }
-    chip = Chip(
-        cores=data.draw(st.integers(1, 2)),
-        vmem_bytes=data.draw(st.sampled_from([1 << 17, 16 << 20])),
-        bytes_per_s=data.draw(st.sampled_from([1.0, 1e12])),
-    )
     if shape["H"] % 128:
         shape["p"] = max(shape["p"], 128)
+    chip = Chip(
+        cores=data.draw(st.integers(1, 2)),
+        # As little as two of the shortest turns need: queries come in tiles then.
+        vmem_bytes=data.draw(
+            st.sampled_from([math.lcm(shape["p"], 128) * shape["K"] * shape["H"] * 43, 16 << 20])
+        ),
+        bytes_per_s=data.draw(st.sampled_from([1.0, 1e12])),
+    )
     case = data.draw(cases(shape))
     check(case, attend(case, chip))
 
@@ -157,13 +161,29 @@ def test_8_bit_pages_are_at_least_64_tokens() -> None:
 
 @given(
     Q=st.integers(1, 2000), G=st.integers(1, 16), K=st.integers(1, 40), pages=st.integers(1, 300),
-    p=st.sampled_from([8, 16, 48, 64, 128, 256]),
+    p=st.sampled_from([8, 16, 48, 64, 80, 128, 256]), H=st.sampled_from([64, 128, 256]),
+    itemsize=st.sampled_from([1, 2, 4]), vmem=st.sampled_from([16, 64, 128]),
 )  # fmt: skip
-def test_blocks_fill_tiles_and_cover_the_queries(Q: int, G: int, K: int, pages: int, p: int) -> None:
-    blocks = choose_blocks(Chip(), Q=Q, G=G, K=K, p=p, H=128, entries=pages, token_bytes=512 * K)
+def test_blocks_fill_tiles_cover_the_queries_and_fit(
+    Q: int, G: int, K: int, pages: int, p: int, H: int, itemsize: int, vmem: int
+) -> None:
+    chip = Chip(vmem_bytes=vmem << 20)
+    shape = {"Q": Q, "G": G, "K": K, "p": p, "H": H, "entries": pages, "itemsize": itemsize}
+    shortest = 2 * math.lcm(p, 128) * 2 * K * H * itemsize
+    try:
+        blocks = choose_blocks(chip, **shape)
+    except ValueError as error:
+        assert shortest * 3 > chip.vmem_bytes // 4, error  # with their scales
+        return
     assert 1 <= blocks.tokens <= Q
     assert K % blocks.heads == 0
     assert blocks.rows % 8 == 0
     assert 0 <= blocks.rows - blocks.heads * blocks.tokens * G < 8
     assert blocks.pages * p % 128 == 0
     assert 2 <= blocks.depth <= 8
+    assert blocks.depth * blocks.pages * p * 2 * K * H * itemsize <= chip.vmem_bytes * 3 // 8
+
+
+def test_pages_too_large_for_vmem_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"page size 1000: 2 turns of 16000 tokens with 8 KV heads of 128"):
+        choose_blocks(Chip(), Q=1, G=4, K=8, p=1000, H=128, entries=4, itemsize=2)
