@@ -18,6 +18,7 @@ class Gpu:
         name: as the driver gives it.
         capability: CUDA compute capability.
         cores: streaming multiprocessors.
+        floats: units for float32 of one of them.
         threads, shared_memory: of one of them; shared memory in KiB, of which a block may have all but one.
         cache: the second level's, MiB.
         bandwidth: of memory, GB/s.
@@ -27,6 +28,7 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     cores: int
+    floats: int
     threads: int
     shared_memory: int
     cache: int
@@ -49,6 +51,7 @@ _A100 = Gpu(
     name="NVIDIA A100-SXM4-80GB",
     capability=(8, 0),
     cores=108,
+    floats=64,
     threads=2048,
     shared_memory=164,
     cache=40,
@@ -59,6 +62,7 @@ _H100 = Gpu(
     name="NVIDIA H100 80GB HBM3",
     capability=(9, 0),
     cores=132,
+    floats=128,
     threads=2048,
     shared_memory=228,
     cache=50,
@@ -69,6 +73,7 @@ _H20 = Gpu(
     name="NVIDIA H20",
     capability=(9, 0),
     cores=78,
+    floats=128,
     threads=2048,
     shared_memory=228,
     cache=60,
@@ -79,6 +84,7 @@ _L40S = Gpu(
     name="NVIDIA L40S",
     capability=(8, 9),
     cores=142,
+    floats=128,
     threads=1536,
     shared_memory=100,
     cache=48,
@@ -89,6 +95,7 @@ _B200 = Gpu(
     name="NVIDIA B200",
     capability=(10, 0),
     cores=148,
+    floats=128,
     threads=2048,
     shared_memory=228,
     cache=126,
@@ -175,7 +182,7 @@ def target_config(kind: DeviceKind) -> str:
       shared_memory_per_block_optin: {(gpu.shared_memory - 1) * 1024}
       threads_per_core_limit: {gpu.threads}
       core_count: {gpu.cores}
-      fpus_per_core: 128
+      fpus_per_core: {gpu.floats}
       block_dim_limit_x: {2**31 - 1}
       block_dim_limit_y: 65535
       block_dim_limit_z: 65535

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lamina_jax.aot.cases import Case, chosen
 from lamina_jax.aot.devices import GB, Topology
@@ -15,6 +15,7 @@ from lamina_jax.aot.measure import Kernels
 from lamina_jax.aot.worker import PACKAGES, missing
 from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.table import format_table
+from lamina_jax.config import EngineConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=32, help="requests decoded at once (default 32)")
     parser.add_argument("--context", type=int, default=4096, help="cached tokens of each (default 4096)")
-    parser.add_argument("--kv-dtype", default="auto", help="of the pages, as `serve` takes it (default auto)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=get_args(get_type_hints(EngineConfig)["kv_dtype"]),
+        default="auto",
+        help="of the pages, as `serve` takes it (default auto)",
+    )
     parser.add_argument("--programs", action="store_true", help="print every program of each case, too")
 
 

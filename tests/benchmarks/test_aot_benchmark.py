@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import stat
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_a_gpu_is_described_by_what_differs() -> None:
     assert "cuda_compute_capability { major: 8 minor: 9 }" in text
     assert "shared_memory_per_block_optin: 101376" in text
     assert "core_count: 142" in text
+    assert "fpus_per_core: 128" in text
+    assert "fpus_per_core: 64" in target_config(KINDS["a100"])
     with pytest.raises(ValueError, match="tpu"):
         target_config(KINDS["v5e"])
 
@@ -171,3 +174,11 @@ def test_programs_are_told_one_by_one_and_then_the_case(monkeypatch: pytest.Monk
     ]
     assert {result["devices"] for result in results} == {8}
     assert started == ["tpu", "cuda"]
+
+
+def test_a_kv_dtype_that_is_none_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    aot.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-dtype", "int4"])
+    assert "--kv-dtype: invalid choice: 'int4'" in capsys.readouterr().err
