@@ -194,7 +194,10 @@ class ServeProcess(Process):
         began = time.monotonic()
         if not hasattr(self, "http"):
             self.wait_listening()
-        ready = until(lambda: self.popen.poll() is not None or self.ready().status_code == 200, seconds)
+        try:
+            ready = until(lambda: self.popen.poll() is not None or self.ready().status_code == 200, seconds)
+        except httpx.TransportError as error:
+            raise AssertionError(self.said) from error
         assert self.popen.poll() is None, self.said
         assert ready, self.said
         return time.monotonic() - began
