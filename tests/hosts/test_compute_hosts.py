@@ -110,7 +110,7 @@ def test_requests_at_once_and_one_that_leaves(hosts: Hosts, expected: list[int])
     assert hosts.server.complete(16, **sampled) == hosts.server.complete(16, **sampled)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_follower_that_is_lost(hosts: Hosts, workers: list[WorkerProcess], number: signal.Signals) -> None:
     (follower,) = hosts.followers
     with hosts.server.stream() as events:
@@ -131,8 +131,8 @@ def test_a_follower_that_is_lost(hosts: Hosts, workers: list[WorkerProcess], num
         worker.is_free_within(WITHIN)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_a_leader_that_is_lost(hosts: Hosts, number: signal.Signals, *, busy: bool) -> None:
     (follower,) = hosts.followers
     engine = hosts.server.engine
@@ -156,7 +156,7 @@ def test_a_leader_that_is_lost(hosts: Hosts, number: signal.Signals, *, busy: bo
     assert hosts.server.exit_code() == 1, hosts.server.said
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_worker_that_is_lost(
     run: Start,
     checkpoint: str,
