@@ -47,7 +47,8 @@ def parse(argv: Sequence[str] | None) -> tuple[AttendConfig, SecurityConfig]:
 def run(config: AttendConfig, security: SecurityConfig, make_session: MakeSession) -> int:
     """Be a worker until a signal comes; the exit code. The first signal drains, the second ends at once."""
     from lamina_jax.compilation_cache import keep_programs
-    from lamina_jax.worker.server import ListenError, WorkerServer
+    from lamina_jax.worker.ports import ListenError
+    from lamina_jax.worker.server import WorkerServer
 
     configure_logging()
     keep_programs(config.compilation_cache)

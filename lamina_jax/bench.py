@@ -24,6 +24,7 @@ BENCHMARKS = (
     "engine",
     "exchange",
     "hosts",
+    "interference",
     "kernels",
     "overlap",
     "partition",

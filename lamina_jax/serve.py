@@ -125,13 +125,15 @@ def progress(phase: str, done: int, total: int) -> None:
 
 def prefill(config: EngineConfig, listen: str) -> int:
     """Be a prefill host; the exit code."""
-    raise ConfigError(f"--role prefill (listen={listen}): prefill hosts are not supported yet")
+    from lamina_jax.prefill.command import run
+    from lamina_jax.server.log_format import configure_logging
+
+    configure_logging()
+    return run(config, listen)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Cluster | None = None) -> int:
     """Serve one model, as the engine of `cluster` if there is one; the exit code."""
-    if engine_config.prefill is not None:
-        raise ConfigError(f"prefill={engine_config.prefill}: prefill hosts are not supported yet")
     try:
         keys = read_keys(server_config.api_key_file)
         listener = listen(server_config)

@@ -32,7 +32,7 @@ from lamina_jax.engine.leading import HostRunner, LeadingRunner, follow
 from lamina_jax.engine.limits import Limits, resolve_limits
 from lamina_jax.engine.memory_side import CachePlan, LocalMemory, MemorySide
 from lamina_jax.engine.placement import bytes_per_device, place_weight
-from lamina_jax.engine.runner import ModelRunner
+from lamina_jax.engine.runner import Elsewhere, ModelRunner
 from lamina_jax.engine.sampler import Sampler
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.engine.warmup import measure_prefill
@@ -66,6 +66,7 @@ class Built:
     Attributes:
         num_pages: of each part of the cache.
         facts: what does not change, for `Engine.stats`.
+        elsewhere: prefills prompts on other hosts, where there are some.
     """
 
     runner: ModelRunner
@@ -73,6 +74,7 @@ class Built:
     num_pages: int
     shape: ModelConfig
     facts: dict[str, Any]
+    elsewhere: Elsewhere | None
 
 
 def build_engine(
@@ -95,6 +97,11 @@ def build_engine(
     """
     keep_programs(config.compilation_cache)
     config = placed_by(config, os.environ)
+    if config.coordinator is not None and config.prefill is not None:
+        raise ConfigError(
+            f"prefill={config.prefill}: prefill hosts serve one compute host so far: leave out prefill "
+            "or coordinator"
+        )
     folder = find_model(config.model)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     if config.coordinator is None:
@@ -121,6 +128,7 @@ def build_engine(
         vocab_size=shape.vocab_size,
         facts=built.facts,
         compilations=CompilationCounter(),
+        elsewhere=built.elsewhere,
     )
 
 
@@ -235,6 +243,7 @@ def _build(
             "weight_devices": sorted({str(device) for device in mesh.devices.flat}),
             "page_devices": assembly.page_devices(),
         },
+        elsewhere=memory.elsewhere if memory else None,
     )
 
 

@@ -27,10 +27,13 @@ from lamina_jax.core import (
 )
 from lamina_jax.engine.outage import Outage
 from lamina_jax.engine.outputs import Choice, PromptOutput, logprobs_at, prompt_logprobs_of
-from lamina_jax.engine.runner import ClosableRunner, ModelRunner, RecoverableRunner
+from lamina_jax.engine.runner import ClosableRunner, Elsewhere, ModelRunner, RecoverableRunner
 from lamina_jax.engine.sampling_rows import check_edits
 from lamina_jax.engine.scheduler import Scheduler
 from lamina_jax.weights.tokenizer import Tokenizer
+
+ERRAND_SECONDS = 0.01
+"""How long a step waits at most for a prompt from elsewhere, where it has nothing else to do."""
 
 CHECK_SECONDS = 0.2
 """Between two looks at whether a worker was lost, while there is nothing to dispatch."""
@@ -55,6 +58,7 @@ class Engine:
         vocab_size: V; prompts with other ids are refused.
         facts: what does not change, for `stats()`.
         compilations: counts from when everything was compiled.
+        elsewhere: prefills prompts on other hosts; None: they are prefilled here.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class Engine:
         vocab_size: int,
         facts: dict[str, Any] | None = None,
         compilations: Counter | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.eos_token_ids, self.vocab_size = eos_token_ids, vocab_size
         self._facts, self._compilations = facts or {}, compilations
+        self._elsewhere = elsewhere
         self._live: dict[str, PromptOutput] = {}
         self._choices: dict[str, tuple[PromptOutput, Choice]] = {}
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
@@ -249,14 +255,17 @@ class Engine:
 
     def close(self) -> None:
         """Give back what the runner holds: attention workers; nothing can be dispatched any more."""
+        if self._elsewhere is not None:
+            self._elsewhere.close()
         if isinstance(self.runner, ClosableRunner):
             self.runner.close()
 
     def _end_running(self, error: str) -> list[RequestOutput]:
         """End with an error all requests of which something ran; nothing is in flight any more."""
         self._in_flight.clear()
-        outputs = []
-        for request_id in self.scheduler.drop_running():
+        outputs, dropped = [], self.scheduler.drop_running()
+        self._send_errands()  # at once: what is brought must not come to the cache after this one
+        for request_id in dropped:
             if request_id in self._choices:  # else it has ended with another choice of its prompt
                 live, _ = self._choices[request_id]
                 live.error = error
@@ -265,7 +274,7 @@ class Engine:
 
     def _advance(self) -> list[RequestOutput]:
         started = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if plan is not None:
             self._in_flight.append((plan, self.runner.dispatch(plan)))
             self._steps += 1
@@ -273,6 +282,8 @@ class Engine:
             for request_id in last.request_ids if last.kind == "prefill" else ():
                 self._choices[request_id][0].admit()
         self._host_seconds += time.perf_counter() - started
+        if self._elsewhere is not None and plan is None and not self._in_flight:
+            self._elsewhere.wait(ERRAND_SECONDS)
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
             return []
         done, dispatched = self._in_flight.popleft()
@@ -288,6 +299,28 @@ class Engine:
                 self._forget(changed[new.request_id])
         self._host_seconds += time.perf_counter() - started
         return outputs
+
+    def _schedule(self) -> StepPlan | None:
+        """The next step; and what prompts have come from elsewhere before it, and which are to come."""
+        if self._elsewhere is None:
+            return self.scheduler.schedule()
+        for number, complete in self._elsewhere.over():
+            self.scheduler.arrived(number, complete=complete)
+        self.scheduler.elsewhere = self._elsewhere.available
+        plan = self.scheduler.schedule()
+        self._send_errands()
+        return plan
+
+    def _send_errands(self) -> None:
+        if self._elsewhere is None:
+            return
+        begun, dropped = self.scheduler.errands()
+        for errand in begun:
+            if errand.request_id in self._choices:
+                self._choices[errand.request_id][0].admit()
+            self._elsewhere.begin(errand)
+        for number in dropped:
+            self._elsewhere.drop(number)
 
     def stats(self) -> dict[str, Any]:
         """Counters: requests, pages, host time per step, and the runner's own."""
@@ -305,6 +338,7 @@ class Engine:
             "host_microseconds_per_step": 1e6 * self._host_seconds / max(self._steps, 1),
             "compilations_after_ready": self._compilations.count if self._compilations else 0,
             **self.runner.stats(),
+            **(self._elsewhere.stats() if self._elsewhere is not None else {}),
             **self._facts,
         }
 

@@ -21,6 +21,7 @@ from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.disaggregated import MOST_QUEUED, DisaggregatedRunner
 from lamina_jax.engine.limits import Limits
 from lamina_jax.engine.programs import windows_of
+from lamina_jax.engine.runner import Elsewhere
 from lamina_jax.exchange.base import Exchange
 from lamina_jax.exchange.local import LocalExchange
 from lamina_jax.memory import default_fraction
@@ -87,6 +88,7 @@ class MemorySide(Protocol):
         names: of all devices, for the log.
         share_silicon: whether work here takes time from the compute mesh.
         rooms: the memory that there was before anything was loaded.
+        elsewhere: prefills prompts on other hosts, once it is open; None: they are prefilled here.
     """
 
     workers: int
@@ -94,6 +96,7 @@ class MemorySide(Protocol):
     names: Sequence[str]
     share_silicon: bool
     rooms: dict[str, Room]
+    elsewhere: Elsewhere | None
 
     def probe(self, plan: CachePlan) -> list[Job]:
         """What compiles the program that needs the most memory, so that `shares` can tell."""
@@ -126,6 +129,7 @@ class LocalMemory:
     """
 
     devices = 1
+    elsewhere: Elsewhere | None = None
 
     def __init__(
         self, devices: Devices, fraction: float | None, cached_part: CachedPart | None, *, native: bool

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -21,10 +22,14 @@ from lamina_jax.devices import Devices
 from lamina_jax.engine.budget import Needs, Room, Share
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
+from lamina_jax.engine.errands import Errand
 from lamina_jax.engine.memory_side import CachePlan
+from lamina_jax.engine.remote_prefill import Puller, RemotePrefill
+from lamina_jax.engine.runner import Elsewhere
 from lamina_jax.exchange.base import Exchange
 from lamina_jax.exchange.control import Lease, WorkerClient, WorkerError, connect
 from lamina_jax.exchange.data import open_channel
+from lamina_jax.exchange.pull import PullOrder
 from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
@@ -32,6 +37,7 @@ from lamina_jax.exchange.trace import write_trace
 from lamina_jax.exchange.transfer_exchange import TransferExchange, TransferWorker, check_worker, open_link
 from lamina_jax.hosts.member import Member
 from lamina_jax.hosts.messages import Traffic
+from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shares import HeadShare, host_shares, host_table
 from lamina_jax.pool.spec import WorkerSpec
 
@@ -75,6 +81,7 @@ class RemoteMemory:
         if config.memory_fraction is not None:
             raise ConfigError("memory_fraction is a worker's own setting: give it to lamina_jax.attend")
         self._config, self._report = config, report
+        self.elsewhere: Elsewhere | None = None
         self._clients = connect(addresses, config.security, config.worker_wait_seconds, report)
         found = [client.describe() for client in self._clients]
         self.workers = len(addresses)
@@ -132,7 +139,34 @@ class RemoteMemory:
             group=self._group,
         )
         self._taking = [self._start(*pair) for pair in self._specs]
-        return exchange, [("attention workers", self._attach)]
+        jobs: list[Job] = [("attention workers", self._attach)]
+        if self._config.prefill is not None:
+            pullers = partial(self._pullers, plan.partition)
+            self.elsewhere = prefill = RemotePrefill(self._config, plan.limits.max_model_len - 1, pullers)
+            jobs.append(("prefill hosts", partial(prefill.connect, self._report)))
+        return exchange, jobs
+
+    def _pullers(self, partition: Partition, errand: Errand, ticket: bytes, address: str) -> list[Puller]:
+        """What each worker that holds a part of a request is told."""
+        each = len(self._taking) // partition.workers
+        heads = [spec.geometry.num_kv_heads for _, spec in self._specs[:each]]
+        first_heads = list(accumulate(heads, initial=self._host * sum(heads)))
+        pages = errand.pages[: -(-len(errand.tokens) // partition.page_size)]
+        pullers = []
+        for held in partition.holders(pages):
+            for taking, kv_start in zip(self._taking[held.worker * each :][:each], first_heads, strict=False):
+                order = PullOrder(
+                    session_id=taking.lease.session_id,
+                    ticket=ticket,
+                    address=address,
+                    length=len(errand.tokens),
+                    pages=held.pages,
+                    first=held.first,
+                    stride=held.stride,
+                    kv_start=kv_start,
+                )
+                pullers.append(Puller(taking.client, order, taking.worker.lose))
+        return pullers
 
     def _specs_of(self, plan: CachePlan) -> list[tuple[WorkerClient, WorkerSpec]]:
         """Each lease's worker, and what it is asked for."""
@@ -159,6 +193,7 @@ class RemoteMemory:
             pieces=len(share.pieces) // share.devices,
             copies=plan.table.copies,
             by_token=plan.partition.kind == "tokens" and self._config.exchange != "jax",
+            pulls=self._config.prefill is not None,
         )
 
     def runner(self, compute: ComputeSide, exchange: Exchange, *, overlap: bool) -> RemoteRunner:

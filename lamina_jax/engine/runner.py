@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from lamina_jax.core import Sampled, StepPlan
+from lamina_jax.engine.errands import Errand
 
 
 @runtime_checkable
@@ -57,4 +58,41 @@ class RecoverableRunner(ClosableRunner, Protocol):
         Raises:
             WorkerLost: they are not, and this is what is known of it now.
         """
+        ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """Prefills prompts elsewhere, and brings their KV to the pages. All of it returns at once but `wait`.
+
+    Attributes:
+        available: whether it is worth asking now.
+    """
+
+    @property
+    def available(self) -> bool: ...
+
+    def begin(self, errand: Errand) -> None:
+        """Have its KV brought."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nobody wants it any more."""
+        ...
+
+    def over(self) -> list[tuple[int, bool]]:
+        """Errands that have ended since this was asked last, each with whether all was brought. Nothing is
+        written for them any more. Those that were dropped are among them."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Until some errand has ended, or so long."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counters."""
+        ...
+
+    def close(self) -> None:
+        """End all."""
         ...

@@ -57,7 +57,7 @@ KEEPALIVE = (
 PREPARE_SECONDS = 1800.0
 """What a worker may take to compile all of its programs."""
 
-_CONTROL_OPTIONS = (
+CONTROL_OPTIONS = (
     *KEEPALIVE,
     ("grpc.max_send_message_length", CONTROL_BYTES),
     ("grpc.max_receive_message_length", CONTROL_BYTES),
@@ -102,7 +102,7 @@ class WorkerClient:
         self._credentials: grpc.ChannelCredentials | None
         self.ssl_context, self._credentials = client_tls(security) or (None, None)
         self.metadata: Metadata = token_metadata(read_token(security))
-        self._channel = self.open_channel(_CONTROL_OPTIONS)
+        self._channel = self.open_channel(CONTROL_OPTIONS)
 
     def open_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """One more connection to the worker, as secure as this one; for a data stream."""
@@ -167,6 +167,11 @@ class WorkerClient:
             raise
         finally:
             limit.cancel()
+
+    def future(self, method: str, message: Any, deadline_seconds: float) -> Any:
+        """Begin a call of another method; its `grpc.Future`, of bytes."""
+        call = self._channel.unary_unary(f"/{SERVICE}/{method}", encode, None)
+        return call.future(message, timeout=deadline_seconds, metadata=self.metadata)
 
     def close(self) -> None:
         """Hang up; a lease ends with it."""

@@ -18,8 +18,14 @@ class Failure(NamedTuple):
     temporary: bool
 
 
-def explain(address: str, call: grpc.Call, *, leased: bool = False) -> Failure:
-    """A call that failed; `leased`: of a worker that had answered before."""
+def explain(
+    address: str,
+    call: grpc.Call,
+    *,
+    leased: bool = False,
+    command: str = "python -m lamina_jax.attend --listen",
+) -> Failure:
+    """A call that failed; `leased`: of a worker that had answered before; `command`: what starts one."""
     code, details = call.code(), call.details() or ""
     stranger = f"what listens there does not answer as a lamina_jax worker ({details})"
     match code:
@@ -29,8 +35,8 @@ def explain(address: str, call: grpc.Call, *, leased: bool = False) -> Failure:
             reason = f"no TLS with it ({details}): its tls_cert and the engine's tls_ca must belong together"
             return Failure(reason, False)
         case grpc.StatusCode.UNAVAILABLE if not _listens(address):
-            command = f"`python -m lamina_jax.attend --listen {address}`"
-            return Failure(f"nothing listens there: run {command}, or correct the address", True)
+            started = f"`{command} {address}`"
+            return Failure(f"nothing listens there: run {started}, or correct the address", True)
         case grpc.StatusCode.UNAVAILABLE if "timed out" not in details:
             hint = "correct the address; if it has a tls_cert, give the engine its tls_ca"
             return Failure(f"{stranger}: {hint}", True)

@@ -6,6 +6,7 @@ worker. It knows nothing of requests, devices, messages or jax.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,16 @@ class Told(NamedTuple):
     worker: int
     segment: int
     metadata: StepMetadata
+
+
+class Held(NamedTuple):
+    """A worker's part of a request: its own page ids, the place of the first of them in the request, and how
+    many places further the next one is."""
+
+    worker: int
+    pages: list[int]
+    first: int
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,21 @@ class Partition:
         share = plan.bucket[0] // self.workers
         segments = [slice(w * share, (w + 1) * share) for w in range(self.workers)]
         return [Told(w, w, self._rows(plan, w, rows)) for w, rows in enumerate(segments)]
+
+    def holders(self, pages: Sequence[int]) -> list[Held]:
+        """Who holds the pages of a request, given in order of position. By "heads" one entry, for all."""
+        if self.kind == "heads":
+            return [Held(0, list(pages), 0, 1)]
+        stride = self.workers if self.kind == "tokens" else 1
+        return [
+            Held(
+                pages[first] // self.num_pages,
+                [page % self.num_pages for page in pages[first::stride]],
+                first,
+                stride,
+            )
+            for first in range(min(stride, len(pages)))
+        ]
 
     def kept(self, slots: np.ndarray) -> np.ndarray:
         """Indices into the flat T of the tokens that a worker keeps, by its own slots int32[B, Q]."""

@@ -122,9 +122,8 @@ class AttentionShard:
 
     def keep_stored(self, layer: int, slots: jax.Array | np.ndarray, stored: Messages) -> None:
         """Keep what other pages hold of a layer, arrays [T, 2, K, ...], in slots[T]; see `stored_job`."""
-        structure = jax.tree.structure(self.pages[layer])
-        program = self._programs["pulled", (len(slots), 1), None]
-        self.pages[layer] = program(self.pages[layer], jax.tree.unflatten(structure, stored), slots)
+        pages, program = self.pages[layer], self._programs["pulled", (len(slots), 1), None]
+        self.pages[layer] = program(pages, jax.tree.unflatten(jax.tree.structure(pages), stored), slots)
 
     @cached_property
     def _windows(self) -> list[jax.Array]:

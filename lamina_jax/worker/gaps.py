@@ -41,11 +41,11 @@ class Gaps:
     def gap(self) -> Iterator[None]:
         """Around one write of a pull."""
         with self._one_pull:
-            self._wait()
+            self.wait()
             with self.pages:
                 yield
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """For the beginning of a gap, while there is decoding."""
         quiet_at = self._last_frame + QUIET_SECONDS
         left = quiet_at - time.monotonic()

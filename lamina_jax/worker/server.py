@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 
 import grpc
 import jax
@@ -28,8 +26,9 @@ from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.lease import Session
 from lamina_jax.worker.leases import Leases
 from lamina_jax.worker.metrics import WorkerMetrics
+from lamina_jax.worker.ports import bind_grpc, naming
 from lamina_jax.worker.service import PoolService
-from lamina_jax.worker.sockets import DataListener
+from lamina_jax.worker.sockets import DataListener, serve_lease
 
 MOST_CALLS = 128
 """Two of each lease, whose threads only wait."""
@@ -46,10 +45,6 @@ _OPTIONS = (
 
 MakeSession = Callable[[WorkerSpec, Sequence[jax.Device]], Session]
 """Of a spec and as many devices as it asks for."""
-
-
-class ListenError(Exception):
-    """A port cannot be listened on; the text says which, why, and what to change."""
 
 
 class WorkerServer:
@@ -76,16 +71,16 @@ class WorkerServer:
             options=_OPTIONS,
             maximum_concurrent_rpcs=MOST_CALLS,
         )
-        self.port = self._bind_grpc(host, port)
+        self.port = bind_grpc(self._grpc, host, port, self._credentials)
         self.metrics_port: int | None = None
         if config.metrics_port is not None:
-            with _naming("metrics_port", "127.0.0.1", config.metrics_port):
+            with naming("metrics_port", "127.0.0.1", config.metrics_port):
                 metrics = WorkerMetrics(
                     self.leases, lambda: unused_memory(self._devices) if self._devices else 0
                 )
                 self.metrics_port = metrics.serve(config.metrics_port).server_port
-        with _naming("data_port", host, config.data_port):
-            self._data = DataListener(host, config.data_port, self.leases, ssl_context)
+        with naming("data_port", host, config.data_port):
+            self._data = DataListener(host, config.data_port, partial(serve_lease, self.leases), ssl_context)
 
     def start(self) -> Description:
         """Find the devices and answer from now on.
@@ -135,27 +130,3 @@ class WorkerServer:
         check_address(host_and_port("address", address)[0], self._security, "the prefill host")
         tls = client_tls(self._security)
         return connect(address, FRAME_SECONDS, tls[0] if tls else None, idle_seconds=PULL_SECONDS)
-
-    def _bind_grpc(self, host: str, port: int) -> int:
-        with _naming("listen", host, port):
-            # gRPC writes its own lines about a port that it cannot have, and does not say why in its error.
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            socket.create_server((host, port), family=family).close()
-            address = address_of(host, port)
-            try:
-                if self._credentials is None:
-                    return self._grpc.add_insecure_port(address)
-                return self._grpc.add_secure_port(address, self._credentials)
-            except RuntimeError as error:
-                raise OSError(str(error)) from None
-
-
-@contextmanager
-def _naming(setting: str, host: str, port: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = f"cannot be listened on ({error.strerror or error})"
-        if error.errno == errno.EADDRINUSE:
-            reason = "is in use: end what listens there, or choose another (0 takes any free one)"
-        raise ListenError(f"{setting}: port {port} on {host} {reason}") from None

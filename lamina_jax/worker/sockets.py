@@ -1,4 +1,4 @@
-"""The socket way to a session: a TCP port and a Unix socket that take one data stream.
+"""The socket way to a session: a TCP port and a Unix socket that take data streams.
 
 Owns who may connect and how long that takes; what the frames mean is the session's.
 """
@@ -12,7 +12,7 @@ import socket
 import ssl
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -29,21 +29,32 @@ log = logging.getLogger(__name__)
 HELLO_SECONDS = 5.0
 MOST_CONNECTIONS = 8
 
+Serve = Callable[[SocketChannel, bytes], None]
+"""It raises `Refused` or `ProtocolError` for what the other side is to be told."""
+
 
 class DataListener:
     """Listens from when it is made; `start` takes connections.
 
     Args:
         port: 0: any free one.
+        serve: deals with a connection, given what its HELLO shows; in a thread of its own.
         tls: of the TCP port. The Unix socket lies in a folder that only this user can enter.
 
     Raises:
         OSError: the port cannot be listened on.
     """
 
-    def __init__(self, host: str, port: int, leases: Leases, tls: ssl.SSLContext | None) -> None:
-        self._leases, self._tls = leases, tls
-        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        serve: Serve,
+        tls: ssl.SSLContext | None,
+        most_connections: int = MOST_CONNECTIONS,
+    ) -> None:
+        self._serve_channel, self._tls = serve, tls
+        self._free = threading.BoundedSemaphore(most_connections)
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         tcp = socket.create_server((host, port), family=family)
         self.port: int = tcp.getsockname()[1]
@@ -92,7 +103,7 @@ class DataListener:
         try:
             channel, session_id = self._greet(connection)
             with closing(channel):
-                self._stream(channel, session_id)
+                self._answer(channel, session_id)
         except (OSError, ProtocolError) as error:  # also what ssl and a closed channel raise
             log.debug("data connection: %s", error)
         finally:
@@ -117,17 +128,22 @@ class DataListener:
             limit.cancel()
         return channel, hello.payload[: hello.header.length].tobytes()
 
-    def _stream(self, channel: SocketChannel, session_id: bytes) -> None:
+    def _answer(self, channel: SocketChannel, shown: bytes) -> None:
         try:
-            lease = self._leases.find(session_id)
-            with lease.stream(channel.close) as session:
-                for header, buffers in lease.answers(session, _frames(channel, session.room)):
-                    channel.send(header, buffers)
+            self._serve_channel(channel, shown)
         except (Refused, ProtocolError) as error:
             _fail(channel, str(error))
         except Exception as error:
             log.exception("a session has failed")
             _fail(channel, str(error))
+
+
+def serve_lease(leases: Leases, channel: SocketChannel, session_id: bytes) -> None:
+    """The data stream of a lease."""
+    lease = leases.find(session_id)
+    with lease.stream(channel.close) as session:
+        for header, buffers in lease.answers(session, _frames(channel, session.room)):
+            channel.send(header, buffers)
 
 
 def _frames(channel: SocketChannel, room: Room) -> Iterator[Frame]:

@@ -1,0 +1,164 @@
+"""What prompts do to requests that decode: the gap between their tokens, wherever prompts are prefilled.
+
+The engine and its attention worker run on core 0, the prefill host on core 1. Some requests decode for ever;
+prompts come one after the other, and end with their first token. "control" is no prefill at all, but matrix
+products on core 1 for as long: what is left of a column's gap beside it is the prefill's own doing. "inline"
+prefills in chunks beside decoding, "pulled" on the prefill host, its KV written in the gaps between frames of
+decoding; "pushed" writes it as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from lamina_jax.benchmarks.checkpoints import random_checkpoint
+from lamina_jax.benchmarks.columns import Column
+from lamina_jax.benchmarks.interference_processes import (
+    COMPUTE_CORE,
+    PREFILL_CORE,
+    engine_command,
+    products_command,
+    start_prefill_host,
+    start_worker,
+)
+from lamina_jax.benchmarks.table import format_table
+from lamina_jax.models.shapes import QWEN3_0_6B
+
+SHAPE = replace(
+    QWEN3_0_6B,
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+)
+"""Small enough that a step of both sides on one core takes some milliseconds."""
+
+COLUMNS = ("undisturbed", "control", "inline", "pushed", "pulled")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 2 prompts of 256 tokens")
+    parser.add_argument("--decodes", type=int, default=4, help="requests that decode (default 4)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of each at first (default 256)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each prompt (default 512)")
+    parser.add_argument("--prompts", type=int, default=4, help="in each round (default 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="of all columns in turn (default 5)")
+    parser.add_argument(
+        "--partition", choices=("heads", "requests", "tokens"), default="heads", help="default heads"
+    )
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table; a dict for each column."""
+    if args.quick:
+        args.prompt_tokens, args.prompts, args.rounds = 256, 2, 2
+    gaps: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    firsts: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    with _processes(args) as (engines, alone):
+        print(
+            f"{args.decodes} requests decode from {args.context} tokens on; prompts of {args.prompt_tokens}, "
+            f"each {1e3 * alone:,.0f} ms on the prefill host; {args.rounds} rounds of {args.prompts}\n"
+        )
+        for _ in range(args.rounds):
+            for name in COLUMNS:
+                taken = engines[name].answer(
+                    {"column": name, "prompts": args.prompts, "prompt_seconds": alone}
+                )
+                gaps[name] += taken["gaps"]
+                firsts[name] += taken["first_tokens"]
+    results = [_result(name, gaps[name], firsts[name]) for name in COLUMNS]
+    control = results[COLUMNS.index("control")]
+    for result in results:
+        for figure in ("p50", "p99"):
+            result[f"{figure}_over_control"] = result[f"gap_{figure}_ms"] / control[f"gap_{figure}_ms"]
+    print(
+        format_table(
+            (
+                "prompts are",
+                "gaps",
+                "gap p50 ms",
+                "p99 ms",
+                "max ms",
+                "p50 / control",
+                "p99 / control",
+                "TTFT p50 ms",
+            ),
+            [_row(result) for result in results],
+        )
+    )
+    return results
+
+
+@contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[tuple[dict[str, Column], float]]:
+    """The engine behind each column, ready; and how long a prompt takes on the prefill host."""
+    longest = args.context + 4096
+    with ExitStack() as ends:
+        scratch = Path(ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
+        cache = scratch / "compiled"
+        settings = {
+            "model": str(random_checkpoint(SHAPE, scratch / "model")),
+            "max_num_seqs": args.decodes + 1,
+            "max_model_len": max(longest, args.prompt_tokens + 64),
+            "max_prefill_tokens": min(256, args.prompt_tokens),
+            "partition": args.partition,
+            "prefill_stall_ms": float("inf"),
+        }
+        host = start_prefill_host(ends, settings, cache)
+        products = Column("products", products_command(), PREFILL_CORE)
+        ends.callback(products.close)
+        port = int(products.line())
+        engines = {}
+        for name, prefill, at_once in (
+            ("inline", None, False),
+            ("pulled", host, False),
+            ("pushed", host, True),
+        ):
+            worker = start_worker(ends, cache, at_once=at_once)
+            mine = {**settings, "attention": worker, "prefill": prefill}
+            command = engine_command(mine, args.decodes, args.context, args.prompt_tokens, port)
+            engines[name] = Column(name, command, COMPUTE_CORE, cache)
+            ends.callback(engines[name].close)
+            engines[name].line()
+        engines["undisturbed"] = engines["control"] = engines["pulled"]
+        alone = [engines["pulled"].answer({"column": "alone"})["seconds"] for _ in range(5)]
+        yield engines, statistics.median(alone)
+
+
+def _result(name: str, gaps: list[float], firsts: list[float]) -> dict[str, Any]:
+    p50, p99 = np.percentile(1e3 * np.array(gaps), (50, 99)).tolist()
+    first = 1e3 * statistics.median(firsts) if firsts else None
+    return {
+        "column": name,
+        "gaps": len(gaps),
+        "gap_p50_ms": p50,
+        "gap_p99_ms": p99,
+        "gap_max_ms": 1e3 * max(gaps),
+        "ttft_p50_ms": first,
+    }
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    first = result["ttft_p50_ms"]
+    return [
+        result["column"],
+        f"{result['gaps']:,}",
+        f"{result['gap_p50_ms']:.2f}",
+        f"{result['gap_p99_ms']:.2f}",
+        f"{result['gap_max_ms']:.1f}",
+        f"{result['p50_over_control']:.2f}",
+        f"{result['p99_over_control']:.2f}",
+        "" if first is None else f"{first:,.0f}",
+    ]
