@@ -29,9 +29,15 @@ def load() -> None:
     """Make the native kernels known to this process, compiling them if that has not been done yet.
 
     Raises:
-        BuildError: they cannot be compiled here.
+        BuildError: they cannot be compiled here, or not loaded from where they are kept.
     """
-    kernels = ctypes.CDLL(str(library(default_folder())))
+    path = library(default_folder())
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError as error:  # a filesystem without execution, a file that is broken
+        raise BuildError(
+            f"cannot load the compiled kernels: {error}; remove them, or set XDG_CACHE_HOME"
+        ) from error
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(kernels, target)), platform="cpu")
 

@@ -56,13 +56,24 @@ def library(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lamina-native-") as work:
-            built, unfinished = Path(work) / path.name, folder / f".{path.name}.{os.getpid()}"
+            built = Path(work) / path.name
             _compile(compiler, built)
-            shutil.copyfile(built, unfinished)
-            os.replace(unfinished, path)  # at once: others may be looking
+            _put(built, path)
     except OSError as error:
         raise BuildError(f"cannot write to {folder}: {error.strerror}") from error
     return path
+
+
+def _put(built: Path, path: Path) -> None:
+    """Copy at once: others, of other machines too, may be looking, or putting theirs."""
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(built.read_bytes())
+        os.replace(unfinished, path)
+    except OSError:
+        os.unlink(unfinished)
+        raise
 
 
 def _compile(compiler: list[str], output: Path) -> None:

@@ -46,7 +46,7 @@ ffi::Error matmul(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Product>
   const auto* xs = static_cast<const uint16_t*>(x.untyped_data());
   const auto* ws = static_cast<const uint16_t*>(w.untyped_data());
   float* ys = y->typed_data();
-  const int64_t task_rows = std::max<int64_t>(1, kTaskBytes / (2 * inputs * kRows)) * kRows;
+  const int64_t task_rows = std::max<int64_t>(1, kTaskBytes / (2 * std::max<int64_t>(inputs, 1) * kRows)) * kRows;
   parallel(pool, (outputs + task_rows - 1) / task_rows, [=](int64_t task) {
     const int64_t stop = std::min(outputs, (task + 1) * task_rows);
     for (int64_t n = task * task_rows; n < stop; n += kRows) {

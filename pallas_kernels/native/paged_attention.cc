@@ -448,7 +448,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 4> q, ffi
                            ffi::Buffer<ffi::S32, 0> window, float scale, float softcap,
                            ffi::Result<ffi::Buffer<ffi::F32, 4>> o, ffi::Result<ffi::Buffer<ffi::F32, 3>> lse) {
   auto dims = q.dimensions(), held = pages.dimensions();
-  if (held.size() != 5 || held[1] != 2 || held[4] != dims[3] || dims[3] % kLanes || dims[2] % held[2]) {
+  if (held.size() != 5 || held[1] != 2 || held[4] != dims[3] || dims[3] % kLanes || held[2] < 1 || dims[2] % held[2]) {
     return ffi::Error::InvalidArgument("paged_attention: pages must be [P, 2, K, p, H] with H % 16 == 0 and N % K == 0");
   }
   if (held[0] == 0) return ffi::Error::InvalidArgument("paged_attention: a pool without pages");

@@ -7,10 +7,22 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
 namespace lamina {
+
+// Those that this process may use: it may be pinned to some of the machine's.
+inline int64_t own_cores() {
+#if defined(__linux__)
+  cpu_set_t own;
+  if (sched_getaffinity(0, sizeof own, &own) == 0) return CPU_COUNT(&own);
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
 
 // Calls run(i) for i in 0 .. count - 1, each once, from this thread and whichever others of the pool are free.
 //
@@ -32,7 +44,7 @@ void parallel(xla::ffi::ThreadPool& pool, int64_t count, const Run& run) {
   };
   // The pool may have more threads than this process has cores: of them, one that waits for a core with a task begun
   // would hold up all others.
-  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  static const int64_t cores = own_cores();
   const int64_t helpers = std::min({pool.num_threads(), cores, count}) - 1;
   for (int64_t i = 0; i < helpers; i++) pool.Schedule(std::function<void()>(take));
   take();

@@ -136,3 +136,8 @@ def test_not_a_number_is_not_hidden() -> None:
     o, _ = attend(dataclasses.replace(case, q=q))
     assert np.isnan(o[0, 0, 1]).all()
     assert not np.isnan(np.delete(np.asarray(o), 1, axis=2)).any()
+
+
+def test_products_of_nothing_are_zero() -> None:
+    x, w = (jnp.zeros((rows, 0), jnp.bfloat16) for rows in (2, 4))
+    np.testing.assert_array_equal(jax.jit(native.matmul)(x, w), np.zeros((2, 4), np.float32))

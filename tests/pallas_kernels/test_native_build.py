@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pallas_kernels import native
 from pallas_kernels.native import build
 
 
@@ -58,6 +59,23 @@ def test_a_compiler_that_fails_is_quoted(compiler: Path) -> None:
     with pytest.raises(build.BuildError, match="no such instruction"):
         build.library(compiler / "native")
     assert list((compiler / "native").iterdir()) == []
+
+
+def test_a_library_that_cannot_be_put_leaves_nothing(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(build.BuildError, match=r"cannot write to .*: No space left"):
+        build.library(compiler / "native")
+    assert list((compiler / "native").iterdir()) == []
+
+
+def test_a_library_that_does_not_load_is_none(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an engine runs XLA's kernels, as where nothing can be compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiler))
+    with pytest.raises(build.BuildError, match=r"cannot load the compiled kernels: .*remove them"):
+        native.load.__wrapped__()
 
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
