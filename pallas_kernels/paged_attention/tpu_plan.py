@@ -99,8 +99,8 @@ def choose_blocks(
     shortest = math.lcm(p, LANES)  # whole pages, and whole vectors of scores
     fewest, most = _DEPTHS
     buffered = _buffered_bytes(K, p, H, itemsize)
-    # A quarter is for queries and outputs, and one is not asked for; half of the rest for what is computed.
-    room = chip.vmem_bytes * 3 // 8
+    # A quarter is not asked for, an eighth is for what is computed.
+    room = chip.vmem_bytes * 5 // 8 - max(tokens * G, SUBLANES) * _row_bytes(K, H)
     longest = int(room // (fewest * buffered)) // shortest * shortest
     if not longest:
         raise ValueError(
@@ -118,6 +118,11 @@ def choose_blocks(
     return Blocks(tokens, heads, rows, turn_tokens // p, depth, chip.cores)
 
 
+def _row_bytes(K: int, H: int) -> int:
+    """Of VMEM for a row of every KV head: q and o twice, for the pipeline of items, lse twice, and a sum."""
+    return K * (2 * (4 + 4) * round_up(H, LANES) + 3 * 4 * LANES)
+
+
 def _buffered_bytes(K: int, p: int, H: int, itemsize: int) -> float:
     """Of VMEM that a token's K and V of all heads take in a buffer, whole tiles of scales included."""
     values = 2 * K * itemsize * (H if H % LANES == 0 else round_up(H, SUBLANES * 4 // itemsize))
@@ -127,9 +132,7 @@ def _buffered_bytes(K: int, p: int, H: int, itemsize: int) -> float:
 
 def _query_tokens(chip: Chip, Q: int, G: int, K: int, H: int) -> int:
     """As many as let the rows take a quarter of VMEM, in equal tiles."""
-    # q and o twice, for the pipeline of items, lse twice, and a sum
-    row_bytes = K * (2 * (4 + 4) * round_up(H, LANES) + 3 * 4 * LANES)
-    rows = min(chip.vmem_bytes // 4 // row_bytes, _MOST_ROWS)
+    rows = min(chip.vmem_bytes // 4 // _row_bytes(K, H), _MOST_ROWS)
     tiles = math.ceil(Q / max(1, rows // G))
     return math.ceil(Q / tiles)
 
