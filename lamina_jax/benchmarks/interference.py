@@ -30,6 +30,7 @@ from lamina_jax.benchmarks.interference_processes import (
     start_prefill_host,
     start_worker,
 )
+from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.models.shapes import QWEN3_0_6B
 
@@ -49,7 +50,7 @@ COLUMNS = ("undisturbed", "control", "inline", "pushed", "pulled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 2 prompts of 256 tokens")
+    add_quick(parser, "2 rounds of 2 prompts of 256 tokens", rounds=2, prompts=2, prompt_tokens=256)
     parser.add_argument("--decodes", type=int, default=4, help="requests that decode (default 4)")
     parser.add_argument("--context", type=int, default=256, help="tokens of each at first (default 256)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of each prompt (default 512)")
@@ -62,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the table; a dict for each column."""
-    if args.quick:
-        args.prompt_tokens, args.prompts, args.rounds = 256, 2, 2
     gaps: dict[str, list[float]] = {name: [] for name in COLUMNS}
     firsts: dict[str, list[float]] = {name: [] for name in COLUMNS}
     with _processes(args) as (engines, alone):

@@ -40,6 +40,7 @@ ENGINE_GAUGES = {
     "wire_messages_per_step": ("wire_messages_per_step", "Mean messages that a step sends."),
     "wire_metadata_bytes_per_step": ("wire_metadata_bytes_per_step", "Mean bytes of a step's metadata."),
     "host_microseconds_per_step": ("host_microseconds_per_step", "Mean of the host's own work."),
+    "prefill_hosts_up": ("prefill_hosts_up", "Prefill hosts that answer."),
 }
 """Keys of `Engine.stats`, their names here, and what they mean."""
 
@@ -50,6 +51,11 @@ ENGINE_COUNTERS = {
         "compilations_after_ready",
         "Programs compiled since the start; ought to be 0.",
     ),
+    "prefill_prompts": ("prefill_prompts", "Prompts that prefill hosts have prefilled."),
+    "prefill_tokens": ("prefill_tokens", "Tokens of those prompts."),
+    "prefill_pulled_bytes": ("prefill_pulled_bytes", "Bytes of their KV that workers have pulled."),
+    "prefill_retries": ("prefill_retries", "Tries on a prefill host that failed or was busy."),
+    "prefill_fallbacks": ("prefill_fallbacks", "Prompts prefilled here since no prefill host could."),
 }
 
 
