@@ -52,8 +52,13 @@ class Alarm:
         """Have `callback(reason)` called first; it must not wait."""
         self._tells.append(callback)
 
-    def ring(self, reason: str) -> None:
-        """End, from any thread; later reasons do not count, nor any after `disarm`."""
+    def ring(self, reason: str, *, heard: bool = True) -> None:
+        """End, from any thread; later reasons do not count, nor any after `disarm`.
+
+        Args:
+            heard: others can still be told; if not, nothing is waited for: JAX's own client aborts a process
+                whose host 0 is gone, and says less.
+        """
         with self._lock:
             if self._over:
                 return
@@ -64,7 +69,8 @@ class Alarm:
                 callback(reason)
             except Exception:  # the others must hear of it all the same
                 log.exception("cannot tell that %s", reason)
-        time.sleep(LAST_WORDS_SECONDS)
+        if heard:
+            time.sleep(LAST_WORDS_SECONDS)
         self._leave(self.code)
 
     def disarm(self) -> None:

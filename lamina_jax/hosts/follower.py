@@ -186,7 +186,7 @@ class Follower:
             for data in orders:
                 message = decode_order(data)
                 if isinstance(message, Trouble):
-                    self._alarm.ring(f"compute host 0 at {self._address} ends: {message.reason}")
+                    self._alarm.ring(f"compute host 0 at {self._address} ends: {message.reason}", heard=False)
                     return
                 if isinstance(message, End):
                     self._alarm.disarm()
@@ -195,4 +195,4 @@ class Follower:
             reason = str(error)
         except grpc.RpcError:
             pass
-        self._alarm.ring(f"compute host 0 at {self._address}: {reason}")
+        self._alarm.ring(f"compute host 0 at {self._address}: {reason}", heard=False)

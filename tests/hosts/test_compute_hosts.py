@@ -151,7 +151,7 @@ def test_a_leader_that_is_lost(hosts: Hosts, number: signal.Signals, *, busy: bo
         code = follower.exit_code(WITHIN)
         os.kill(engine, signal.SIGCONT) if number is signal.SIGSTOP else None
     print(f"{number.name} of the leader: noticed after {time.monotonic() - began:.2f} s")
-    assert code == 1
+    assert code != 0  # 1, unless JAX's own client was quicker to abort
     assert "compute host 0 at 127.0.0.1" in follower.said
     assert hosts.server.exit_code() == 1, hosts.server.said
 
