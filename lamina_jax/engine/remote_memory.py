@@ -34,7 +34,13 @@ from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings, clock_offset
 from lamina_jax.exchange.trace import write_trace
-from lamina_jax.exchange.transfer_exchange import TransferExchange, TransferWorker, check_worker, open_link
+from lamina_jax.exchange.transfer_exchange import (
+    WHY_NOT_JAX,
+    TransferExchange,
+    TransferWorker,
+    check_worker,
+    open_link,
+)
 from lamina_jax.hosts.member import Member
 from lamina_jax.hosts.messages import Traffic
 from lamina_jax.pool.partition import Partition
@@ -95,6 +101,8 @@ class RemoteMemory:
         if config.exchange == "jax":
             for client, description in zip(self._clients, found, strict=True):
                 check_worker(client, description, devices.compute[0].platform, config.security)
+        elif config.exchange == "auto":
+            log.info("%s", WHY_NOT_JAX)
         on_cpus = {d.platform for d in found} | {d.platform for d in devices.compute} == {"cpu"}
         self.share_silicon = on_cpus and all(is_loopback(client.host) for client in self._clients)
         self._needs: dict[str, Footprint] = {}

@@ -31,6 +31,11 @@ from lamina_jax.exchange.sender import Outgoing
 from lamina_jax.exchange.transfer import TransferLink, own_and_peer_ip
 from lamina_jax.pool.spec import KEY_BYTES, TransferSpec
 
+WHY_NOT_JAX = (
+    "exchange=auto takes sockets or gRPC, never jax: between processes of one machine a round trip of device "
+    "arrays takes several times as long (bench exchange), and between accelerators it has not been measured"
+)
+
 LOOK_SECONDS = 1.0
 """Between two looks at what is late."""
 

@@ -110,7 +110,7 @@ def test_every_way_gives_the_collocated_tokens(
     monkeypatch.setattr(DisaggregatedRunner, "dispatch", spy)
     with LLM(
         checkpoints[model],
-        attention=workers(count),
+        attention=workers(count, apart=exchange == "jax"),
         exchange=exchange,
         partition=partition,
         microbatches=microbatches,

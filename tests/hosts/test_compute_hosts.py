@@ -51,13 +51,15 @@ def step_bytes(rows: int, queries: int, *, hosts: int, workers: int, partition: 
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "partition", "devices"),
+    ("num_workers", "partition", "devices", "exchange"),
     [
-        (1, "heads", "cpu:0"),
-        (2, "heads", "cpu:0"),
-        (2, "requests", "cpu:0"),
-        (2, "tokens", "cpu:0"),
-        (2, "heads", "cpu:0-1"),
+        (1, "heads", "cpu:0", "auto"),
+        (2, "heads", "cpu:0", "auto"),
+        (2, "requests", "cpu:0", "auto"),
+        (2, "tokens", "cpu:0", "auto"),
+        (2, "heads", "cpu:0-1", "auto"),
+        (1, "heads", "cpu:0", "jax"),
+        (2, "heads", "cpu:0-1", "jax"),
     ],
 )
 def test_the_collocated_tokens(
@@ -68,8 +70,9 @@ def test_the_collocated_tokens(
     num_workers: int,
     partition: str,
     devices: str,
+    exchange: str,
 ) -> None:
-    more = ("--partition", partition, "--compute-devices", devices)
+    more = ("--partition", partition, "--compute-devices", devices, "--exchange", exchange)
     attention = [worker.address for worker in workers[:num_workers]]
     hosts = Hosts(run, checkpoint, attention, more=more)
     hosts.server.wait_ready()
