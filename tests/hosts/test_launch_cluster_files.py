@@ -1,4 +1,4 @@
-"""`launch local` with the files of several compute hosts and of prefill hosts: text over HTTP, and its end."""
+"""`launch local` with the cluster files of compute and prefill hosts: text over HTTP, then the end."""
 
 from __future__ import annotations
 
