@@ -31,7 +31,7 @@ CASES = [
         "compute",
         {
             "qwen3-0.6b": "v5e:2x2 v6e:2x2 v5p:2x2x1 h100:1",
-            "llama3-8b": "v5e:2x2 v6e:2x2 v5p:2x2x1 h100:2",
+            "llama3-8b": "v5e:2x2 v5e:2x4/1 v6e:2x2 v5p:2x2x1 h100:2 h100:2x1/1",
             "llama3-70b": "v5e:2x4 v5e:4x4 v6e:2x4 v6e:4x4 v5p:2x2x1 v5p:2x2x2 h100:4 h100:2x8",
         },
     ),
@@ -46,13 +46,14 @@ CASES = [
         "memory",
         {
             "qwen3-0.6b": "v5e:2x2 v6e:1x1 h100:1 h20:1 l40s:1",
-            "llama3-8b": "v5e:2x2 v6e:1x1 h100:1 h20:1 l40s:1",
+            "llama3-8b": "v5e:2x2 v5e:2x4/2 v6e:1x1 h100:1 h100:2x1/2 h20:1 l40s:1",
             "llama3-70b": "v5e:1x1 v5e:2x2 v5e:2x4 v6e:2x2 h100:1 h20:1 l40s:2",
         },
     ),
     *_cases("collocated", {"qwen3-0.6b": "v5e:2x2 v6e:2x2 h100:2"}),
 ]
-"""All three models on both sides; 2x4, 4x4, 2x2x2 and 2x8 span hosts. Two are there to be refused."""
+"""All three models on both sides; 2x4, 4x4, 2x2x2 and 2x8 span hosts; of 2x4 and 2x1 either side has a half.
+Two are there to be refused."""
 
 
 def chosen(only: list[str]) -> list[Case]:

@@ -118,36 +118,39 @@ KINDS = {
 @dataclass(frozen=True)
 class Topology:
     """Devices of one kind, named "kind:shape": "v5e:4x4" (chips of a slice), "h100:8" (GPUs of one host),
-    "h100:2x8" (two such hosts).
+    "h100:2x8" (two such hosts). "v5e:2x4/1" and "v5e:2x4/2" are the first and the second half of its devices:
+    of a slice that is split into a compute and a memory side.
 
     Raises:
         ValueError: a kind that is not in `KINDS`, or a shape that is not numbers between "x", of GPUs one or
-            two.
+            two; a half of an odd number.
     """
 
     name: str
 
     def __post_init__(self) -> None:
-        kind, _, shape = self.name.partition(":")
+        kind, shape, slash, half = self._parts()
         sizes = shape.split("x")
         known = kind in KINDS and (KINDS[kind].gpu is None or len(sizes) <= 2)
-        if not known or not all(size.isdecimal() and int(size) for size in sizes):
+        whole = all(size.isdecimal() and int(size) for size in sizes)
+        if not known or not whole or (slash and (half not in ("1", "2") or self.size % 2)):
             raise ValueError(
-                f"{self.name!r} is no topology: write KIND:SHAPE, as in v5e:4x4 or h100:2x8, with a kind of "
+                f"{self.name!r} is no topology: write KIND:SHAPE, as in v5e:4x4 or h100:2x8, or one of its "
+                "halves, as in v5e:2x4/1, with a kind of "
                 f"{', '.join(KINDS)}"
             )
 
     @property
     def kind(self) -> DeviceKind:
-        return KINDS[self.name.partition(":")[0]]
+        return KINDS[self._parts()[0]]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(size) for size in self.name.partition(":")[2].split("x"))
+        return tuple(int(size) for size in self._parts()[1].split("x"))
 
     @property
     def size(self) -> int:
-        """How many devices."""
+        """How many devices, both halves together."""
         return math.prod(self.shape)
 
     def devices(self) -> list[jax.Device]:
@@ -156,7 +159,9 @@ class Topology:
         if self.kind.gpu is None:
             # A host of the slices here has four chips, unless the slice is smaller.
             bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.size == 1 else {}
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **bounds)
+            topology = topologies.get_topology_desc(
+                platform="tpu", topology_name=self.name.partition("/")[0], **bounds
+            )
         else:
             hosts, each = self.shape if len(self.shape) == 2 else (1, self.size)
             topology = topologies.get_topology_desc(
@@ -165,7 +170,13 @@ class Topology:
                 target_config=target_config(self.kind),
                 topology=f"1x{hosts}x{each}",
             )
-        return list(topology.devices)
+        devices, half, middle = list(topology.devices), self._parts()[3], self.size // 2
+        return {"": devices, "1": devices[:middle], "2": devices[middle:]}[half]
+
+    def _parts(self) -> tuple[str, str, str, str]:
+        """Kind, shape, the slash and the half."""
+        kind, _, rest = self.name.partition(":")
+        return kind, *rest.partition("/")
 
 
 def target_config(kind: DeviceKind) -> str:

@@ -29,6 +29,10 @@ SAMPLER = ["sampler llama3-70b v5e:4x4", "sampler llama3-70b h100:2x8"]
 TOO_LARGE = ["compute llama3-70b v5e:2x4", "memory llama3-70b v5e:1x1"]
 
 
+SPLIT = [f"{side} llama3-8b {name}" for side, name in (("memory", "v5e:2x4/2"), ("memory", "h100:2x1/2"))]
+"""The memory sides of a slice, and of two hosts, whose other halves have the layers."""
+
+
 def compiled(name: str) -> dict[str, Any]:
     platform = _platform(name)
     if lacking := missing(platform):
@@ -38,7 +42,9 @@ def compiled(name: str) -> dict[str, Any]:
 
 @cache
 def _compiled(platform: str) -> dict[str, dict[str, Any]]:
-    names = [name for name in (*COMPUTE, *MEMORY, *SAMPLER, *TOO_LARGE) if _platform(name) == platform]
+    names = [
+        name for name in (*COMPUTE, *MEMORY, *SAMPLER, *SPLIT, *TOO_LARGE) if _platform(name) == platform
+    ]
     return {result["case"]: result for result in aot.compile_cases(chosen(names), LOAD)}
 
 
@@ -94,3 +100,17 @@ def test_the_sampler_compiles_and_moves_nothing(name: str) -> None:
         "edit",
     }
     assert all(program["collectives"] == {} for program in result["programs"])
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_half_of_a_slice_or_of_two_hosts_is_a_side(name: str) -> None:
+    result = compiled(name)
+    assert result["hosts"] == 1
+    assert result["devices"] == (4 if "v5e" in name else 1)
+    assert aot.refusal(result) == ""
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1/1", "v5e:2x4/3", "v5e:2x4/"])
+def test_halves_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match="is no topology"):
+        Topology(name)
