@@ -1,0 +1,98 @@
+"""A real server over two workers and a prefill host, of which one is killed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+import pytest
+from real_processes import SETTINGS, Process, ServeProcess, Start, WorkerProcess, flags
+from worker_talk import until
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
+
+HOST_SETTINGS = {name: value for name, value in SETTINGS.items() if name not in ("overlap", "microbatches")}
+LONG_PROMPT = [(7 * i) % 90 for i in range(120)]
+TOKENS = 12
+
+
+class PrefillProcess(Process):
+    """A prefill host on `port` of 127.0.0.1; 0 takes any."""
+
+    def __init__(self, checkpoint: str, port: int = 0) -> None:
+        command = (sys.executable, "-m", "lamina_jax.serve", checkpoint, *flags(HOST_SETTINGS))
+        super().__init__(*command, "--role", "prefill", "--listen", f"127.0.0.1:{port}")
+
+    @property
+    def address(self) -> str:
+        port = self.find(r"listening on .* \(port (\d+), data port")[1]
+        return f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def host(run: Start, checkpoint: str) -> PrefillProcess:
+    return run(PrefillProcess, checkpoint)
+
+
+@pytest.fixture
+def server(run: Start, checkpoint: str, workers: list[WorkerProcess], host: PrefillProcess) -> ServeProcess:
+    """Ready, over both workers, by token."""
+    attention = [worker.address for worker in workers]
+    more = ("--partition", "tokens", "--prefill", host.address)
+    started: ServeProcess = run(ServeProcess, checkpoint, attention, *more)
+    started.wait_ready()
+    return started
+
+
+class Traffic:
+    """Prompts one after the other, in two threads, until it is over; what became of each."""
+
+    def __init__(self, server: ServeProcess, count: int) -> None:
+        self.answers: list[list[int] | str] = []
+        self._server, self._count = server, count
+        self.threads = [threading.Thread(target=self._run) for _ in range(2)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self) -> None:
+        for _ in range(self._count):
+            answer = self._server.http.post(
+                "/v1/completions", json=self._server.body(TOKENS, prompt=LONG_PROMPT)
+            ).json()
+            tokens = answer["choices"][0]["token_ids"] if "choices" in answer else answer["error"]["code"]
+            self.answers.append(tokens)
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(120)
+
+
+def test_a_prefill_host_that_is_killed_costs_no_token(server: ServeProcess, host: PrefillProcess) -> None:
+    """In the middle of its prompts; and the host before that has served the same."""
+    expected = server.complete(TOKENS, prompt=LONG_PROMPT)
+    assert server.stats()["prefill_prompts"] == 1
+    traffic = Traffic(server, 8)
+    assert until(lambda: len(traffic.answers) >= 3, 60)
+    host.send(signal.SIGKILL)
+    traffic.join()
+    assert traffic.answers == [expected] * 16
+    stats = server.stats()
+    assert stats["prefill_hosts_up"] == 0
+    assert stats["prefill_prompts"] >= 3
+    assert until(server.pages_are_back)
+    assert stats["compilations_after_ready"] == 0
+
+
+def test_a_prefill_host_that_is_stopped_holds_nobody_up_for_long(
+    server: ServeProcess, host: PrefillProcess
+) -> None:
+    """Cut off without a word, as a network does it."""
+    expected = server.complete(TOKENS, prompt=LONG_PROMPT)
+    host.send(signal.SIGSTOP)
+    assert server.complete(TOKENS, prompt=LONG_PROMPT) == expected
+    assert server.complete(TOKENS, prompt=LONG_PROMPT) == expected
+    assert server.stats()["prefill_hosts_up"] == 0
+    host.send(signal.SIGCONT)
+    assert until(lambda: server.stats()["prefill_hosts_up"] == 1, 30)
+    assert server.complete(TOKENS, prompt=LONG_PROMPT) == expected
