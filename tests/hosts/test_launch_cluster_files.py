@@ -61,7 +61,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client, out
     assert until(ready, START_SECONDS), output.read_text()
 
 
-@pytest.mark.parametrize("name", ["two-by-two"])
+@pytest.mark.parametrize("name", ["two-by-two", "prefill"])
 def test_a_shipped_file_answers_as_one_process_does(tmp_path: Path, name: str) -> None:
     prompt, sampling = "import os\n", SamplingParams(max_tokens=12, temperature=0)
     expected = LLM("bundled", placement="collocated", **SETTINGS).generate(prompt, sampling)[0].outputs[0]
