@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from real_processes import SETTINGS, Process, ServeProcess, Start, WorkerProcess, flags
+from real_processes import MARGIN_SECONDS, SETTINGS, Process, ServeProcess, Start, WorkerProcess, flags
 from worker_talk import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
@@ -96,3 +96,21 @@ def test_a_prefill_host_that_is_stopped_holds_nobody_up_for_long(
     host.send(signal.SIGCONT)
     assert until(lambda: server.stats()["prefill_hosts_up"] == 1, 30)
     assert server.complete(TOKENS, prompt=LONG_PROMPT) == expected
+
+
+def test_a_worker_that_is_killed_while_it_pulls(
+    run: Start, server: ServeProcess, workers: list[WorkerProcess]
+) -> None:
+    """What ran ends as it does without prefill hosts; the worker that comes back is used."""
+    expected = server.complete(TOKENS, prompt=LONG_PROMPT)
+    traffic = Traffic(server, 6)
+    assert until(lambda: len(traffic.answers) >= 2, 60)
+    workers[1].close()
+    run(WorkerProcess, "127.0.0.1", workers[1].port).wait_listening()
+    traffic.join()
+    assert len(traffic.answers) == 12
+    assert all(answer in (expected, "worker_lost") for answer in traffic.answers)
+    assert traffic.answers.count("worker_lost") <= 2
+    assert until(lambda: server.ready().status_code == 200, 30 + MARGIN_SECONDS)
+    assert server.complete(TOKENS, prompt=LONG_PROMPT) == expected
+    assert until(server.pages_are_back)
