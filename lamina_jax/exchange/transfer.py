@@ -88,7 +88,9 @@ class TransferLink:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands, as far as the kernel knows."""
+        """Whether the connection stands: it was not cut, and the kernel knows of it."""
+        if self._over.is_set():
+            return False
         with _connections(self._peer) as found:
             return bool(found)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fake_server import DEADLINE, FakeEngine, Running, continuation, pages_are_back, running
 
 CHOICES, LENGTH = 8, 120
-MODEL = "fake" * 1000
+MODEL = "fake" * 8000
 """Every chunk says it, so that what is not read is more than sockets hold."""
 
 
