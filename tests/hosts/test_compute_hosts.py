@@ -44,7 +44,9 @@ def step_bytes(rows: int, queries: int, *, hosts: int, workers: int, partition: 
     """Of one microbatch on one host, in all layers: q, k, v out, o and lse back; float32 (design.md)."""
     tokens = rows * queries
     q = tokens * MODEL.num_heads // hosts * MODEL.head_dim * 4
-    kv = 2 * tokens * MODEL.num_kv_heads // hosts * MODEL.head_dim * 4
+    # By token each worker is sent what it keeps, and nobody keeps padding: there is one request.
+    kept = queries if partition == "tokens" else tokens
+    kv = 2 * kept * MODEL.num_kv_heads // hosts * MODEL.head_dim * 4
     back = q + tokens * MODEL.num_heads // hosts * 4
     copies = workers if partition == "tokens" else 1
     return MODEL.num_layers * (kv + (copies * (q + back) if cached else 0))
