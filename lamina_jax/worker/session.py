@@ -94,12 +94,14 @@ class Session:
             shard.hold()
 
     def probe(self) -> Iterator[Job]:
-        """What compiles the program that needs the most memory, so that `footprint` can tell; the same for
-        all devices."""
+        """What compiles the programs that need the most memory, so that `footprint` can tell; all devices
+        need as much."""
         spec = self._spec
         with_cache = [(rows, queries) for rows, queries, cached in spec.buckets if cached]
         bucket = max(with_cache, key=math.prod)
-        return self._shards[0].jobs(bucket, spec.pages_per_request, cached=True, overlap=spec.overlap)
+        yield from self._shards[0].jobs(bucket, spec.pages_per_request, cached=True, overlap=spec.overlap)
+        if spec.pulls:
+            yield self._shards[0].stored_job(PULL_TOKENS)
 
     @property
     def footprint(self) -> Footprint:
