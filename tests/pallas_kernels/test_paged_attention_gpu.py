@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec
 from paged_cases import NO_WINDOW, Case, attend, cases, check, make_case, quantized, shapes
 
 from pallas_kernels import QuantizedPages, paged_attention, split_plan
@@ -205,7 +205,10 @@ def test_lowers_for_cuda(stored: type, changes: dict) -> None:
     case = one_case(**{"H": 128, "dtype": np.float32 if is_quantized else stored} | changes)
     operands = (quantized(case, stored) if is_quantized else case).operands
     program = jax.jit(functools.partial(paged_attention, scale=0.1, softcap=20.0, platform="gpu"))
-    lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
+    chip = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    # JAX 0.11 asks which GPU it is for.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
+        lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 2
 
 
