@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,20 +24,18 @@ from lamina_jax.engine.errands import Errand
 from lamina_jax.engine.memory_side import CachePlan
 from lamina_jax.engine.remote_prefill import Puller, RemotePrefill
 from lamina_jax.engine.runner import Elsewhere
+from lamina_jax.engine.taking import Taking
 from lamina_jax.exchange.base import Exchange
-from lamina_jax.exchange.control import Lease, WorkerClient, WorkerError, connect
-from lamina_jax.exchange.data import open_channel
+from lamina_jax.exchange.control import WorkerClient, connect
 from lamina_jax.exchange.pull import PullOrder
-from lamina_jax.exchange.remote import RemoteExchange, Worker
+from lamina_jax.exchange.remote import RemoteExchange
 from lamina_jax.exchange.timeline import Timeline
-from lamina_jax.exchange.timings import Timings, clock_offset
+from lamina_jax.exchange.timings import Timings
 from lamina_jax.exchange.trace import write_trace
 from lamina_jax.exchange.transfer_exchange import (
     WHY_NOT_JAX,
     TransferExchange,
-    TransferWorker,
     check_worker,
-    open_link,
 )
 from lamina_jax.hosts.member import Member
 from lamina_jax.hosts.messages import Traffic
@@ -140,7 +136,7 @@ class RemoteMemory:
         self._exchange = exchange
         timed = self.timings is not None
         self._start = partial(
-            _Taking,
+            Taking,
             kind=self._config.exchange,
             device=plan.mesh.local_devices[0],
             timed=timed,
@@ -310,64 +306,6 @@ def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:
         f"{workers} attention workers cannot share the model's {num_kv_heads} KV heads evenly; {fitting} "
         "would; or choose partition=requests or tokens"
     )
-
-
-class _Taking(threading.Thread):
-    """Takes a lease on a worker and opens the data channel to it, while others do what they do.
-
-    Attributes:
-        lease, worker: what came of it, unless there is an `error`.
-        compiled: programs of the worker that are ready, and how many there are.
-    """
-
-    lease: Lease
-    worker: Worker
-
-    def __init__(
-        self,
-        client: WorkerClient,
-        spec: WorkerSpec,
-        kind: str,
-        device: jax.Device,
-        timed: bool,
-        group: str,
-    ) -> None:
-        super().__init__(name=f"lease {client.address}", daemon=True)
-        self.client, self._spec, self._kind, self._timed, self._group = client, spec, kind, timed, group
-        self._device = device
-        self.error: WorkerError | None = None
-        self.compiled = 0, 0
-        self.start()
-
-    def _note(self, phase: str, done: int, total: int) -> None:
-        self.compiled = done, total
-
-    def run(self) -> None:
-        try:
-            self.worker = self._with_link() if self._kind == "jax" else self._with_channel()
-        except WorkerError as error:
-            self.error = error
-        except Exception as error:  # whatever it is, the engine must hear of it
-            log.exception("attention worker %s", self.client.address)
-            self.error = WorkerError(self.client.address, f"{type(error).__name__}: {error}")
-
-    def _with_channel(self) -> Worker:
-        self.lease = self.client.lease(self._spec, self._note, group=self._group)
-        channel = open_channel(self.client, self.lease, self._kind)
-        offset = clock_offset(lambda: self.client.describe().clock_ns) if self._timed else 0
-        return Worker(self.client.address, channel, offset)
-
-    def _with_link(self) -> Worker:
-        link, transfer = open_link(self.client, self._device)
-        self.lease = self.client.lease(replace(self._spec, transfer=transfer), self._note, group=self._group)
-        channel = open_channel(self.client, self.lease, "auto")
-        link.connect(self.lease.transfer)
-        return TransferWorker(self.client.address, channel, link)
-
-    def release(self) -> None:
-        """Give the lease back, if there is one."""
-        with suppress(AttributeError):
-            self.lease.close()
 
 
 class RemoteRunner(DisaggregatedRunner):

@@ -57,14 +57,19 @@ KEEPALIVE = (
 PREPARE_SECONDS = 1800.0
 """What a worker may take to compile all of its programs."""
 
-CONTROL_OPTIONS = (
+CLIENT_OPTIONS = (
     *KEEPALIVE,
-    ("grpc.max_send_message_length", CONTROL_BYTES),
-    ("grpc.max_receive_message_length", CONTROL_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2000),  # also what connecting may take
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),  # a proxy for the outside world is none for a cluster
+)
+"""Of whoever calls a process of the cluster, and tries again while that is not up."""
+
+CONTROL_OPTIONS = (
+    *CLIENT_OPTIONS,
+    ("grpc.max_send_message_length", CONTROL_BYTES),
+    ("grpc.max_receive_message_length", CONTROL_BYTES),
 )
 
 Report = Callable[[str, int, int], None]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 
 from lamina_jax.config import ConfigError, SecurityConfig, host_and_port
-from lamina_jax.exchange.control import KEEPALIVE
+from lamina_jax.exchange.control import CLIENT_OPTIONS
 from lamina_jax.exchange.security import check_address, client_tls, read_token, token_metadata
 from lamina_jax.hosts.alarm import LAST_WORDS_SECONDS, Alarm
 from lamina_jax.hosts.messages import (
@@ -36,13 +36,9 @@ from lamina_jax.hosts.messages import (
 )
 
 _OPTIONS = (
-    *KEEPALIVE,
+    *CLIENT_OPTIONS,
     ("grpc.max_send_message_length", MOST_BYTES),
     ("grpc.max_receive_message_length", MOST_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
 )
 
 PAUSE_SECONDS = 0.3

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
-from real_processes import Process, ServeProcess, Start, WorkerProcess, reference
+from process_fixtures import expected, run, workers
+from real_processes import ServeProcess, Start, WorkerProcess
 from tiny_models import TINY, save_random
+
+__all__ = ["expected", "run", "workers"]
 
 MODEL = replace(TINY, num_layers=2, num_kv_heads=2)
 
@@ -16,30 +17,6 @@ MODEL = replace(TINY, num_layers=2, num_kv_heads=2)
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_random(tmp_path_factory.mktemp("tiny"), MODEL))
-
-
-@pytest.fixture(scope="session")
-def expected(checkpoint: str) -> list[int]:
-    """The collocated model's greedy tokens."""
-    return reference(checkpoint)
-
-
-@pytest.fixture
-def run() -> Iterator[Start]:
-    """`run(class, ...)` starts a process, which is killed at the end if it still runs."""
-    with ExitStack() as stack:
-
-        def start(kind: type[Process], *arguments: str, **more: object) -> Process:
-            return stack.enter_context(closing(kind(*arguments, **more)))
-
-        yield start
-
-
-@pytest.fixture
-def workers(run: Start) -> list[WorkerProcess]:
-    """Two, which listen."""
-    started = [run(WorkerProcess) for _ in range(2)]
-    return [worker.wait_listening() for worker in started]
 
 
 @pytest.fixture
