@@ -21,6 +21,7 @@ import grpc
 from lamina_jax.config import ConfigError, EngineConfig
 from lamina_jax.engine.errands import Errand
 from lamina_jax.exchange.control import WorkerClient
+from lamina_jax.exchange.peers import Report, trouble, wait_for_all
 from lamina_jax.exchange.prefill import PrefillError, PrefillHost, RemotePrompt
 from lamina_jax.exchange.pull import TICKET_BYTES, DropOrder, PullOrder, decode_pulled
 from lamina_jax.models.hf_config import read_config
@@ -44,8 +45,6 @@ PULL_SECONDS = ERRAND_SECONDS + 2 * DROP_SECONDS
 
 PROBE_SECONDS, LONGEST_PAUSE = 1.0, 30.0
 """Between looks at hosts that are down; and how long at most one that goes on failing is left alone."""
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -123,16 +122,7 @@ class RemotePrefill:
         Raises:
             PrefillError: one that waiting does not mend, or that is missing after `worker_wait_seconds`.
         """
-        until, pause, waiting = time.monotonic() + self._wait_seconds, 0.1, list(self._hosts)
-        while errors := [error for host in waiting if (error := _attempt(host.client))]:
-            waiting = [host for host in waiting if any(e.address == host.client.address for e in errors)]
-            names = ", ".join(host.client.address for host in waiting)
-            report(f"waiting for prefill hosts: {names}", len(self._hosts) - len(waiting), len(self._hosts))
-            if time.monotonic() + pause > until:
-                reason = f"{errors[0].reason}; waited {self._wait_seconds:g} s for {names}"
-                raise PrefillError(errors[0].address, reason)
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
+        wait_for_all([host.client for host in self._hosts], self._wait_seconds, report)
         threading.Thread(target=self._probe, name="prefill probe", daemon=True).start()
 
     @property
@@ -236,9 +226,8 @@ class RemotePrefill:
         ticket = secrets.token_bytes(TICKET_BYTES)
         with host.prefill(trip.errand.tokens, ticket, trip.wake) as prompt:
             pullers = self._orders(trip.errand, ticket, prompt.address)
-            if (
-                trip.dropped.is_set()
-            ):  # perhaps since a worker was lost, and these orders are for the cache after it
+            # Perhaps since a worker was lost: then these orders are for the cache after it.
+            if trip.dropped.is_set():
                 return None
             calls = [puller.client.future("Pull", puller.order, PULL_SECONDS) for puller in pullers]
             try:
@@ -280,7 +269,7 @@ class RemotePrefill:
         """Look whether hosts that are down are up again."""
         while not self._closed.wait(PROBE_SECONDS):
             for host in self._hosts:
-                if host.down and time.monotonic() >= host.next_try and _attempt_quietly(host.client):
+                if host.down and time.monotonic() >= host.next_try and trouble(host.client) is None:
                     log.info("prefill host %s is up again", host.client.address)
                     host.down = False
 
@@ -321,21 +310,3 @@ def _end_pulls(pullers: Sequence[Puller], calls: Sequence[Any]) -> None:
             puller.lose(f"a pull ended with {error.code().name} {error.details()}")
     for drop in drops:
         drop.cancel()
-
-
-def _attempt(host: PrefillHost) -> PrefillError | None:
-    """Why a host is not there yet, if it is not."""
-    try:
-        host.describe(deadline_seconds=2.0)
-    except PrefillError as error:
-        if not error.temporary:
-            raise
-        return error
-    return None
-
-
-def _attempt_quietly(host: PrefillHost) -> bool:
-    try:
-        return _attempt(host) is None
-    except PrefillError:
-        return False

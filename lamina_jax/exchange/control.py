@@ -11,7 +11,6 @@ import os
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from lamina_jax.exchange.control_messages import (
     encode,
 )
 from lamina_jax.exchange.frames import VERSION
+from lamina_jax.exchange.peers import PeerError, Report, wait_for_all
 from lamina_jax.exchange.security import (
     SESSION_KEY,
     Metadata,
@@ -72,16 +72,11 @@ CONTROL_OPTIONS = (
     ("grpc.max_receive_message_length", CONTROL_BYTES),
 )
 
-Report = Callable[[str, int, int], None]
-"""`report(phase, done, total)`; total is 0 where it is not known."""
 
+class WorkerError(PeerError):
+    """An attention worker that cannot be used."""
 
-class WorkerError(ConfigError):
-    """An attention worker that cannot be used: `address`, `reason`, and whether it may be `temporary`."""
-
-    def __init__(self, address: str, reason: str, *, temporary: bool = False) -> None:
-        super().__init__(f"attention worker {address}: {reason}")
-        self.address, self.reason, self.temporary = address, reason, temporary
+    kind = "attention worker"
 
 
 class WorkerClient:
@@ -263,36 +258,14 @@ def connect(
         raise ConfigError(
             f"attention names {', '.join(sorted(twice))} twice: a worker has one share of the cache"
         )
-    until, pause = time.monotonic() + deadline_seconds, 0.1
     clients = [WorkerClient(address, security) for address in addresses]
-    waiting = clients
     try:
-        while errors := [error for client in waiting if (error := _attempt(client))]:
-            names = [error.address for error in errors]
-            waiting = [client for client in waiting if client.address in names]
-            missing = ", ".join(names)
-            report(f"waiting for attention workers: {missing}", len(clients) - len(names), len(clients))
-            if time.monotonic() + pause > until:
-                reason = f"{errors[0].reason}; waited {deadline_seconds:g} s for {missing}"
-                raise WorkerError(names[0], reason, temporary=True)
-            time.sleep(pause)
-            pause = min(2 * pause, 1.0)
-        return clients
+        wait_for_all(clients, deadline_seconds, report)
     except BaseException:
         for client in clients:
             client.close()
         raise
-
-
-def _attempt(client: WorkerClient) -> WorkerError | None:
-    """Why a worker is not there yet, if it is not."""
-    try:
-        client.describe(deadline_seconds=2.0)
-    except WorkerError as error:
-        if not error.temporary:
-            raise
-        return error
-    return None
+    return clients
 
 
 def _minor(version: str) -> list[str]:

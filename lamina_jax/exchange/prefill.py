@@ -24,6 +24,7 @@ import lamina_jax
 from lamina_jax.config import ConfigError, SecurityConfig, address_of, host_and_port
 from lamina_jax.exchange.control import CONTROL_OPTIONS
 from lamina_jax.exchange.frames import VERSION
+from lamina_jax.exchange.peers import PeerError
 from lamina_jax.exchange.pull import TICKET_BYTES
 from lamina_jax.exchange.security import check_address, client_tls, read_token, token_metadata
 from lamina_jax.exchange.status import explain
@@ -91,12 +92,14 @@ def decode_prefill(data: bytes) -> tuple[bytes, np.ndarray]:
     return request.ticket, np.frombuffer(request.tokens, "<i4")
 
 
-class PrefillError(ConfigError):
-    """A prefill host that cannot be used: `address`, `reason`, whether it is but `busy`, or `temporary`."""
+class PrefillError(PeerError):
+    """A prefill host that cannot be used; `busy`: but for now."""
+
+    kind = "prefill host"
 
     def __init__(self, address: str, reason: str, *, temporary: bool = True, busy: bool = False) -> None:
-        super().__init__(f"prefill host {address}: {reason}")
-        self.address, self.reason, self.temporary, self.busy = address, reason, temporary, busy
+        super().__init__(address, reason, temporary=temporary)
+        self.busy = busy
 
 
 class PrefillHost:
