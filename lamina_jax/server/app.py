@@ -68,7 +68,7 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready", responses=NOT_READY)
 async def ready(request: Request) -> Response:
-    """200 while requests are served; else 503 with the phase of the start, or the worker that is lost."""
+    """200 while requests are served; else 503 with the phase of the start, or what is lost or silent."""
     service = _service(request)
     if service.phase == "ready":
         return JSONResponse(service.status())

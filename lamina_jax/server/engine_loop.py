@@ -22,6 +22,9 @@ from lamina_jax.server.messages import Event, Message, request_id
 LISTENER_SECONDS = 1.0
 """What the thread that listens may take to end once the socket is shut down."""
 
+BEAT_SECONDS = 1.0
+"""Between two words that this process is alive: a thread says them, for a step may take longer."""
+
 log = logging.getLogger(__name__)
 
 Build = Callable[[Callable[[str, int, int], None]], Engine]
@@ -58,6 +61,7 @@ class EngineLoop:
         """Until `Stop` comes, the engine fails, or nobody is at the other end any more."""
         listener = threading.Thread(target=self._listen, name="engine listener", daemon=True)
         listener.start()
+        threading.Thread(target=self._beat, name="engine heartbeat", daemon=True).start()
         try:
             self._live()
         except _Left:
@@ -100,6 +104,11 @@ class EngineLoop:
             self._left()
             self._over.set()
             self._inbox.put(messages.Stop())
+
+    def _beat(self) -> None:
+        with suppress(_Left):
+            while not self._over.wait(BEAT_SECONDS):
+                self._emit(messages.Alive())
 
     def _emit(self, event: Event) -> None:
         try:

@@ -86,6 +86,10 @@ class Recovered(Struct, frozen=True, tag=True):
     """No worker is lost any more."""
 
 
+class Alive(Struct, frozen=True, tag=True):
+    """The engine's process runs, whatever it does at the time; it says so time and again."""
+
+
 class Accepted(Struct, frozen=True, tag=True):
     """Every prompt of a call waits or runs."""
 
@@ -112,7 +116,7 @@ class Stats(Struct, frozen=True, tag=True):
     values: dict[str, Any]
 
 
-Event = Progress | Ready | Died | Lost | Recovered | Accepted | Rejected | Outputs | Stats
+Event = Progress | Ready | Died | Lost | Recovered | Alive | Accepted | Rejected | Outputs | Stats
 
 
 def request_id(call_id: str, index: int) -> str:

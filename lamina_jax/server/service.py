@@ -26,6 +26,9 @@ from lamina_jax.weights.tokenizer import Tokenizer
 STATS_SECONDS = 10.0
 """How long a step may take before `stats` gives up; the engine answers between two steps."""
 
+SILENT_SECONDS = 5.0
+"""For which nothing is heard of an engine's process that is stopped, or gets no processor time."""
+
 
 class Service:
     """What the routes ask.
@@ -52,7 +55,7 @@ class Service:
         self.lost: messages.Lost | None = None
         self.draining = False
         self._send, self.request_seconds = send, request_seconds
-        self._started = time.monotonic()
+        self._started = self._heard = time.monotonic()
         self._calls: dict[str, Call] = {}
         self.metrics = ServerMetrics(model)
         self._stats_asked: asyncio.Future[dict[str, Any]] | None = None
@@ -61,14 +64,21 @@ class Service:
 
     @property
     def phase(self) -> str:
-        """Of the start, and then "ready", "worker_lost", "draining" or "failed"."""
+        """Of the start, and then "ready", "engine_silent", "worker_lost", "draining" or "failed"."""
         if self.error is not None:
             return "failed"
         if self.draining:
             return "draining"
         if self.facts is None:
             return self.progress.phase
+        if self.silent_seconds > SILENT_SECONDS:
+            return "engine_silent"
         return "ready" if self.lost is None else "worker_lost"
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since when nothing has been heard of the engine's process."""
+        return time.monotonic() - self._heard
 
     @property
     def elapsed_seconds(self) -> float:
@@ -84,6 +94,8 @@ class Service:
         }
         if self.lost is not None:
             status |= {"worker": self.lost.worker, "reason": self.lost.reason}
+        if self.phase == "engine_silent":
+            status["silent_s"] = round(self.silent_seconds, 3)
         return status if self.error is None else status | {"error": self.error}
 
     def require_ready(self) -> dict[str, Any]:
@@ -169,6 +181,7 @@ class Service:
 
     def take(self, event: messages.Event) -> None:
         """Bring an event of the engine to those that it concerns. A call that has gone is passed over."""
+        self._heard = time.monotonic()
         match event:
             case messages.Progress():
                 self.progress = event

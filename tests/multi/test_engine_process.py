@@ -19,6 +19,8 @@ from fake_server import continuation, in_thread
 from real_processes import MARGIN_SECONDS, Process, Start, children_of
 from worker_talk import until
 
+from lamina_jax.server.service import SILENT_SECONDS
+
 pytestmark = pytest.mark.multi
 
 HERE = Path(__file__).parent
@@ -97,7 +99,7 @@ def test_an_engine_that_is_killed(run: Start) -> None:
 
 
 def test_an_engine_that_is_stopped(run: Start) -> None:
-    """Calls end at their time, and so does the server when it is told to."""
+    """It is not ready until it goes on; calls end at their time, and the server when it is told."""
     server: FakeServe = run(FakeServe, step_seconds=0.05, request_seconds=1.5).wait_ready()
     engine = server.engine
     with server.stream() as events:
@@ -105,6 +107,14 @@ def test_an_engine_that_is_stopped(run: Start) -> None:
         *_, last = events
         assert last["error"]["code"] == "timeout"
     assert server.complete().json()["error"]["code"] == "timeout"
+
+    def phase() -> str:
+        return server.http.get("/ready").json()["phase"]
+
+    assert until(lambda: phase() == "engine_silent", SILENT_SECONDS + MARGIN_SECONDS)
+    os.kill(engine, signal.SIGCONT)
+    assert until(lambda: phase() == "ready", 1 + MARGIN_SECONDS)
+    os.kill(engine, signal.SIGSTOP)
     server.send(signal.SIGTERM)
     assert server.exit_code() == 0
     assert gone(engine)

@@ -49,6 +49,7 @@ FROM_ENGINE = [
     messages.Outputs([NEWS]),
     messages.Rejected("c", "too many", True),
     messages.Lost("host:1", "it broke"),
+    messages.Alive(),
     messages.Died("it did"),
 ]
 

@@ -25,11 +25,13 @@ from fake_server import (
 from fastapi.testclient import TestClient
 
 from lamina_jax.config import ConfigError, ServerConfig
+from lamina_jax.server import engine_loop
+from lamina_jax.server import service as lamina_service
 from lamina_jax.server.app import create_app
 from lamina_jax.server.engine_loop import StartError
 from lamina_jax.server.lifecycle import Server
 from lamina_jax.server.listener import listen
-from lamina_jax.server.messages import Died, Ready
+from lamina_jax.server.messages import Alive, Died, Ready
 from lamina_jax.server.service import Service
 from lamina_jax.weights.tokenizer import Tokenizer
 
@@ -148,6 +150,42 @@ def test_a_dead_engine_is_not_ready() -> None:
     response = TestClient(create_app(service)).get("/ready")
     assert response.status_code == 503
     assert response.json()["error"] == "RuntimeError: device lost"
+
+
+def test_an_engine_that_is_silent_is_not_ready_until_it_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it is while its process is stopped, whose socket stays open."""
+    service = Service("fake", lambda message: None, request_seconds=1.0)
+    client = TestClient(create_app(service))
+    service.take(Ready({"max_model_len": 8}))
+    assert client.get("/ready").status_code == 200
+    monkeypatch.setattr(lamina_service, "SILENT_SECONDS", 0.2)
+    time.sleep(0.3)
+    silent = client.get("/ready")
+    assert silent.status_code == 503
+    assert silent.json()["phase"] == "engine_silent"
+    assert silent.json()["silent_s"] >= 0.3
+    assert client.get("/health").status_code == 200
+    assert client.get("/v1/models").json()["error"]["code"] == "not_ready"
+    monkeypatch.undo()
+    service.take(Alive())
+    assert client.get("/ready").status_code == 200
+    assert service.silent_seconds < 0.3
+
+
+def test_an_engine_is_heard_while_a_step_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loop, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lamina_service, "SILENT_SECONDS", 1.0)
+    fake = FakeEngine()
+    with running(fake.build) as server:
+        fake.runner.gate.clear()
+        thread, _ = in_thread(lambda: server.complete("a", max_tokens=2))
+        assert fake.runner.reading.wait(DEADLINE)
+        time.sleep(1.3)
+        assert server.client.get("/ready").json()["phase"] == "ready"
+        fake.runner.gate.set()
+        thread.join(DEADLINE)
 
 
 @pytest.mark.parametrize("stream", [True, False])
