@@ -33,7 +33,7 @@ def load_plain(folder: Path) -> tuple[nnx.Module, Tokenizer]:
     """
     tokenizer = CheckpointTokenizer.from_folder(folder)
     model = build(read_config(folder), Storage(jnp.dtype("float32"), "in_out"))
-    load_model(folder, model, lambda _, array: jnp.asarray(array))
+    load_model(folder, model)
     return model, tokenizer.inner
 
 

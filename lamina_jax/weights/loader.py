@@ -1,6 +1,7 @@
 """Weights from a checkpoint into arrays: everything is checked first, then one tensor at a time is read.
 
-Where an array goes (which devices, which sharding) is the caller's business, told by a callback.
+Where an array goes (which devices, which sharding), and so which parts of its tensor are read, is the
+caller's business, told by a callback.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -21,6 +24,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
 from lamina_jax.models.hf_config import CheckpointError
+from lamina_jax.weights.reader import Reader
 from lamina_jax.weights.safetensors import StoredTensor, find_tensors, opened
 
 logger = logging.getLogger(__name__)
@@ -45,12 +49,6 @@ CONFIG_KEYS = {
 }
 """The key of config.json that sizes a logical axis."""
 
-ALIGNMENT = 64
-"""Bytes. A CPU device takes an array over from numpy without a copy where it begins at a multiple."""
-
-BLOCK_ROWS = 128
-"""Rows that are read and turned at once: two to three times as fast as a whole large matrix."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
@@ -74,11 +72,19 @@ class TensorSpec:
         return self.shape[::-1] if self.transpose else self.shape
 
 
-Place = Callable[[TensorSpec, np.ndarray], jax.Array]
-"""Puts a tensor, C-contiguous in the spec's shape and dtype, on its devices. The array is given away."""
+Read = Callable[[Any], np.ndarray]
+"""`read(index)`: a part of a tensor in the spec's shape and dtype; see `lamina_jax.weights.reader.Reader`."""
+
+Place = Callable[[TensorSpec, Read], jax.Array]
+"""Puts a tensor on its devices, and reads of it what this process has to."""
 
 
-def load_model(folder: Path, model: nnx.Module, place: Place, *, progress: bool = True) -> None:
+def place_whole(spec: TensorSpec, read: Read) -> jax.Array:
+    """All of a tensor on the default device."""
+    return jnp.asarray(read((slice(None),) * len(spec.shape)))
+
+
+def load_model(folder: Path, model: nnx.Module, place: Place = place_whole, *, progress: bool = True) -> None:
     """Fill the abstract parameters of a model of `lamina_jax.models.build`; see `load_weights`."""
     state = nnx.state(model, nnx.Param)
     parameters = [parameter for _, parameter in nnx.to_flat_state(state)]
@@ -104,7 +110,8 @@ def load_weights(
 ) -> dict[str, jax.Array]:
     """Read the tensors of `specs` from a folder's safetensors files, by their names.
 
-    At most one tensor, and a few rows, are in the host's memory beside what `place` keeps.
+    Of each what `place` asks for is read, and at most one tensor's parts, and a few rows, are in the host's
+    memory beside what it keeps. The log says how many bytes were read.
     A progress bar goes to stderr where that is a terminal.
 
     Raises:
@@ -115,14 +122,22 @@ def load_weights(
     check(specs, stored)
     spec_by_name = {spec.name: spec for spec in specs}
     needed = {name: tensor for name, tensor in stored.items() if name in spec_by_name}
+    total, taken = sum(map(num_bytes, needed.values())), 0
     arrays = {}
     with _progress_bar(progress) as bar:
-        task = bar.add_task("Loading weights", total=sum(map(num_bytes, needed.values())))
+        task = bar.add_task("Loading weights", total=total)
         for name, tensor in needed.items():
-            arrays[name] = place(spec_by_name[name], read_tensor(tensor, spec_by_name[name]))
+            spec = spec_by_name[name]
+            with opened(tensor.file) as file:
+                read = Reader(
+                    file.get_slice(name), spec.shape, np.dtype(spec.dtype), transpose=spec.transpose
+                )
+                arrays[name] = place(spec, read)
             # Transfers are asynchronous: without waiting, every tensor would be in flight at once.
             jax.block_until_ready(arrays[name])
+            taken += read.elements * DTYPES[tensor.dtype].itemsize
             bar.advance(task, num_bytes(tensor))
+    logger.info("read %d of %d bytes of weights", taken, total)
     return arrays
 
 
@@ -148,25 +163,6 @@ def check(specs: Iterable[TensorSpec], stored: dict[str, StoredTensor]) -> None:
 def num_bytes(tensor: StoredTensor) -> int:
     """Bytes of a tensor, of a dtype of `DTYPES`, in its file."""
     return math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-
-
-def read_tensor(tensor: StoredTensor, spec: TensorSpec) -> np.ndarray:
-    """A copy of one tensor in the spec's shape and dtype, converted and transposed on the way."""
-    out = _aligned_empty(spec.shape, np.dtype(spec.dtype))
-    as_stored = out.T if spec.transpose else out
-    with opened(tensor.file) as file:
-        stored = file.get_slice(spec.name)
-        for row in range(0, len(as_stored), BLOCK_ROWS):
-            block = as_stored[row : row + BLOCK_ROWS]
-            np.copyto(block, stored[row : row + len(block)], casting="unsafe")
-    return out
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _misfit(spec: TensorSpec, tensor: StoredTensor) -> str:

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def plain_nll(folder, cut, length):
     """Mean over the counted tokens, from the model's function under a plain jit: no cache, no chunks."""
     model = build(TINY, Storage(jnp.dtype("float32"), "in_out"))
-    load_model(folder, model, lambda spec, array: jax.device_put(array))
+    load_model(folder, model)
     everywhere = jnp.arange(length, dtype=jnp.int32)
     logits_of = jax.jit(lambda tokens: model(tokens, everywhere, everywhere))
     total, counted = 0.0, 0

@@ -24,7 +24,7 @@ class Forward:
         self, folder: Path, length: int, layout: Literal["out_in", "in_out"], dtype: str = "float32"
     ) -> None:
         model = build(read_config(folder), Storage(jnp.dtype(dtype), layout))
-        load_model(folder, model, lambda spec, array: jax.device_put(array))
+        load_model(folder, model)
         self._length = length
         self._logits = jax.jit(lambda tokens, at: model(tokens, jnp.arange(length, dtype=jnp.int32), at))
 

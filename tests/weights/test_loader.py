@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from lamina_jax.models import ModelConfig, Storage, build
 from lamina_jax.models.hf_config import CheckpointError
-from lamina_jax.weights.loader import ALIGNMENT, TensorSpec, load_model, load_weights, spec_of
+from lamina_jax.weights.loader import Read, TensorSpec, load_model, load_weights, spec_of
+from lamina_jax.weights.reader import ALIGNMENT
 
 CONFIG = ModelConfig(
     family="qwen3",
@@ -33,8 +34,9 @@ CONFIG = ModelConfig(
 )
 
 
-def place(spec: TensorSpec, array: np.ndarray) -> jax.Array:
+def place(spec: TensorSpec, read: Read) -> jax.Array:
     """Checks what a placement may rely on."""
+    array = read((slice(None),) * len(spec.shape))
     assert array.shape == spec.shape
     assert array.dtype.name == spec.dtype
     assert array.flags.c_contiguous
@@ -42,7 +44,7 @@ def place(spec: TensorSpec, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def never(spec: TensorSpec, array: np.ndarray) -> jax.Array:
+def never(spec: TensorSpec, read: Read) -> jax.Array:
     raise AssertionError(f"{spec.name} was loaded before everything had been checked")
 
 
@@ -105,14 +107,31 @@ def test_shards_give_the_same_as_one_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, tensors[name])
 
 
+def test_what_was_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first rows of each tensor, here: in bytes of the file, whatever the model holds them in."""
+    tensors = checkpoint("float16")
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    def place_first_row(spec: TensorSpec, read: Read) -> jax.Array:
+        return jnp.asarray(read((slice(0, 1), *[slice(None)] * (len(spec.shape) - 1))))
+
+    with caplog.at_level(logging.INFO):
+        load_weights(tmp_path, SPECS, place_first_row)
+    rows, total = (
+        sum(tensor[:1].nbytes for tensor in tensors.values()),
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
+    assert f"read {rows} of {total} bytes of weights" in caplog.text
+
+
 def test_an_array_does_not_change_when_the_next_is_read(tmp_path: Path) -> None:
     """`place` may keep the memory it is given, as a CPU device does."""
     tensors = checkpoint()
     save_file(tensors, tmp_path / "model.safetensors")
     given_away: dict[str, np.ndarray] = {}
 
-    def keep(spec: TensorSpec, array: np.ndarray) -> jax.Array:
-        given_away[spec.name] = array
+    def keep(spec: TensorSpec, read: Read) -> jax.Array:
+        given_away[spec.name] = read((slice(None),) * len(spec.shape))
         return jnp.zeros(())
 
     load_weights(tmp_path, SPECS, keep)
@@ -182,9 +201,9 @@ def test_one_tensor_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_file(checkpoint(), tmp_path / "model.safetensors")
     events: list[str] = []
 
-    def record(spec: TensorSpec, array: np.ndarray) -> jax.Array:
+    def record(spec: TensorSpec, read: Read) -> jax.Array:
         events.append("place")
-        return jnp.asarray(array)
+        return jnp.zeros(())
 
     wait = jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda array: (events.append("wait"), wait(array))[1])
