@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+GB = 10**9
 
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
+
+class Gpu(NamedTuple):
     """What XLA asks of a GPU, from NVIDIA's datasheets.
 
     Attributes:
@@ -36,82 +37,27 @@ class Gpu:
     clock: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceKind:
-    """A kind of accelerator: bytes of its memory, and how XLA's compiler is told of it."""
+class DeviceKind(NamedTuple):
+    """A kind of accelerator: bytes of its memory, and what XLA's compiler has to be told of it."""
 
-    platform: Literal["tpu", "cuda"]
     memory: int
     gpu: Gpu | None = None
 
+    @property
+    def platform(self) -> str:
+        return "tpu" if self.gpu is None else "cuda"
 
-GB = 10**9
-
-_A100 = Gpu(
-    name="NVIDIA A100-SXM4-80GB",
-    capability=(8, 0),
-    cores=108,
-    floats=64,
-    threads=2048,
-    shared_memory=164,
-    cache=40,
-    bandwidth=2039,
-    clock=1.41,
-)
-_H100 = Gpu(
-    name="NVIDIA H100 80GB HBM3",
-    capability=(9, 0),
-    cores=132,
-    floats=128,
-    threads=2048,
-    shared_memory=228,
-    cache=50,
-    bandwidth=3352,
-    clock=1.98,
-)
-_H20 = Gpu(
-    name="NVIDIA H20",
-    capability=(9, 0),
-    cores=78,
-    floats=128,
-    threads=2048,
-    shared_memory=228,
-    cache=60,
-    bandwidth=4000,
-    clock=1.98,
-)
-_L40S = Gpu(
-    name="NVIDIA L40S",
-    capability=(8, 9),
-    cores=142,
-    floats=128,
-    threads=1536,
-    shared_memory=100,
-    cache=48,
-    bandwidth=864,
-    clock=2.52,
-)
-_B200 = Gpu(
-    name="NVIDIA B200",
-    capability=(10, 0),
-    cores=148,
-    floats=128,
-    threads=2048,
-    shared_memory=228,
-    cache=126,
-    bandwidth=8000,
-    clock=1.965,
-)
 
 KINDS = {
-    "v5e": DeviceKind(platform="tpu", memory=16 * GB),
-    "v5p": DeviceKind(platform="tpu", memory=95 * GB),
-    "v6e": DeviceKind(platform="tpu", memory=32 * GB),
-    "a100": DeviceKind(platform="cuda", memory=80 * GB, gpu=_A100),
-    "h100": DeviceKind(platform="cuda", memory=80 * GB, gpu=_H100),
-    "h20": DeviceKind(platform="cuda", memory=96 * GB, gpu=_H20),
-    "l40s": DeviceKind(platform="cuda", memory=48 * GB, gpu=_L40S),
-    "b200": DeviceKind(platform="cuda", memory=180 * GB, gpu=_B200),
+    "v5e": DeviceKind(16 * GB),
+    "v5p": DeviceKind(95 * GB),
+    "v6e": DeviceKind(32 * GB),
+    #                               name, capability, cores, floats, threads, shared, cache, bandwidth, clock
+    "a100": DeviceKind(80 * GB, Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 164, 40, 2039, 1.41)),
+    "h100": DeviceKind(80 * GB, Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 50, 3352, 1.98)),
+    "h20": DeviceKind(96 * GB, Gpu("NVIDIA H20", (9, 0), 78, 128, 2048, 228, 60, 4000, 1.98)),
+    "l40s": DeviceKind(48 * GB, Gpu("NVIDIA L40S", (8, 9), 142, 128, 1536, 100, 48, 864, 2.52)),
+    "b200": DeviceKind(180 * GB, Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 228, 126, 8000, 1.965)),
 }
 
 

@@ -4,7 +4,7 @@ memory that they need there."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,11 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lamina_jax.aot.step import Step, cut, described_weights
-from lamina_jax.compilation import Compilation, Job, largest
+from lamina_jax.compilation import Compilation, Footprint, Job, largest
 from lamina_jax.engine.budget import Needs, shares_of
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.compute import ComputeSide
 from lamina_jax.engine.disaggregated import MOST_QUEUED
+from lamina_jax.engine.limits import Limits
 from lamina_jax.engine.memory_side import CachePlan
 from lamina_jax.engine.placement import bytes_per_device
 from lamina_jax.engine.sampler import Sampler
@@ -28,149 +29,130 @@ from lamina_jax.pool.shard import AttentionShard
 PEERS = 4
 """Devices of the side that is not compiled: they say in how many pieces heads come and go."""
 
-SAMPLER = "sampler"
-"""What the names of the sampler's programs begin with. Logits are whole on every device, so that they are the
-same wherever a vocabulary is the same: a side of their own."""
 
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Programs that run on a number of like devices.
 
-class Side(Protocol):
-    """Programs that run on a number of like devices."""
+    Attributes:
+        jobs: what compiles each distinct program of a decode step once.
+        footprint: of the largest of them, once the jobs are done.
+        weights, page: bytes on each device, of a page in all layers.
+        ahead: how many programs' results there are before the first is used.
+        layer: of those programs, what runs for a layer in the middle of the model.
+    """
 
-    def jobs(self) -> Iterator[Job]:
-        """What compiles each distinct program of a decode step once."""
-        ...
+    jobs: Iterator[Job]
+    footprint: Callable[[], Footprint]
+    weights: int = 0
+    page: int = 0
+    ahead: int = MOST_QUEUED
+    layer: Callable[[], Sequence[Compilation]] = tuple
 
-    def needs(self) -> Needs:
-        """Of each device, once the jobs are done."""
-        ...
-
-    def layer(self) -> Sequence[Compilation]:
-        """Of those programs, what runs for a layer in the middle of the model."""
-        ...
-
-
-class Compute:
-    """The layers over all `devices`; `PEERS` others hold the cache."""
-
-    def __init__(self, step: Step, devices: Sequence[jax.Device]) -> None:
-        geometry, self._step, self._devices = step.geometry, step, devices
-        mesh = _mesh(devices)
-        table = head_table(geometry.num_heads, geometry.num_kv_heads, len(devices), PEERS)
-        params = described_weights(step.model, mesh, table.copies)
-        self._weights = bytes_per_device(jax.tree.leaves(params))
-        self._side = ComputeSide(
-            cut(step.model, table.copies),
-            params,
-            mesh,
-            table,
-            partition=Partition("heads", 1, geometry.num_pages, geometry.page_size),
-            wire_dtype=geometry.wire_dtype,
-            rows=step.limits.rows,
-            sampler=_sampler(step, mesh),
-        )
-
-    def jobs(self) -> Iterator[Job]:
-        jobs = self._side.jobs(self._step.bucket, cached=True, overlap=True)
-        return (job for job in jobs if not job[0].startswith(SAMPLER))
-
-    def needs(self) -> Needs:
-        limits, footprint = self._step.limits, self._side.footprint
-        shares = shares_of(self._devices, footprint, weights=self._weights, limits=limits, ahead=MOST_QUEUED)
-        return shares[0][1]
-
-    def layer(self) -> Sequence[Compilation]:
-        middle = self._side.num_slices // 2
-        return [self._side.compilation(self._step.bucket, middle, form) for form in ("query", "rest")]
-
-
-class Sampling:
-    """What chooses tokens, on all `devices` alike."""
-
-    def __init__(self, step: Step, devices: Sequence[jax.Device]) -> None:
-        self._step, self._devices = step, devices
-        self._sampler = _sampler(step, _mesh(devices))
-
-    def jobs(self) -> Iterator[Job]:
-        return self._sampler.jobs(self._step.bucket[0], SHAPES[self._step.model].vocab_size)
-
-    def needs(self) -> Needs:
-        footprint, limits = largest(self._sampler.programs), self._step.limits
-        return shares_of(self._devices, footprint, limits=limits, ahead=MOST_QUEUED)[0][1]
-
-    def layer(self) -> Sequence[Compilation]:
-        return ()
-
-
-class Memory:
-    """The cache over all `devices`, cut by KV head; `PEERS` others have the layers. All run the same."""
-
-    def __init__(self, step: Step, devices: Sequence[jax.Device]) -> None:
-        geometry, self._step, self._devices = step.geometry, step, devices
-        table = head_table(geometry.num_heads, geometry.num_kv_heads, PEERS, len(devices))
-        plan = CachePlan(
-            geometry=geometry,
-            partition=Partition("heads", 1, geometry.num_pages, geometry.page_size),
-            table=table,
-            mesh=_mesh(devices),
-            limits=step.limits,
-            sliced=cut(step.model),
-        )
-        self._width, share = plan.pages_per_request, geometry.share(len(devices))
-        self._shard = AttentionShard(
-            share, devices[0], plan.windows, plan.kinds, pieces=table.per_worker, copies=table.copies
-        )
-
-    def jobs(self) -> Iterator[Job]:
-        return self._shard.jobs(self._step.bucket, self._width, cached=True, overlap=True)
-
-    def needs(self) -> Needs:
-        page, limits = self._shard.geometry.bytes_per_page, self._step.limits
-        shares = shares_of(self._devices, self._shard.footprint, page=page, limits=limits, ahead=MOST_QUEUED)
-        return shares[0][1]
-
-    def layer(self) -> Sequence[Compilation]:
-        return ()
-
-
-class Collocated:
-    """A whole step as one program over all `devices`: the layers, and attention under `shard_map`."""
-
-    def __init__(self, step: Step, devices: Sequence[jax.Device]) -> None:
-        self._step, self._devices = step, devices
-        mesh = _mesh(devices)
-        params = described_weights(step.model, mesh)
-        self._weights = bytes_per_device(jax.tree.leaves(params))
-        self._runner = CollocatedRunner(
-            cut(step.model),
-            params,
-            step.geometry,
-            mesh,
-            rows=step.limits.rows,
-            pages_per_request=step.limits.pages_per_request,
-            sampler=_sampler(step, mesh),
-        )
-
-    def jobs(self) -> Iterator[Job]:
-        jobs = self._runner.jobs(self._step.bucket, cached=True)
-        return (job for job in jobs if not job[0].startswith(SAMPLER))
-
-    def needs(self) -> Needs:
-        limits, page = self._step.limits, self._step.geometry.share(len(self._devices)).bytes_per_page
+    def needs(self, devices: Sequence[jax.Device], limits: Limits) -> Needs:
+        """Of each of its devices, once the jobs are done."""
         shares = shares_of(
-            self._devices, self._runner.footprint, weights=self._weights, page=page, limits=limits, ahead=2
+            devices, self.footprint(), weights=self.weights, page=self.page, limits=limits, ahead=self.ahead
         )
         return shares[0][1]
 
-    def layer(self) -> Sequence[Compilation]:
-        return ()
+
+def compute(step: Step, devices: Sequence[jax.Device]) -> Side:
+    """The layers over all `devices`; `PEERS` others hold the cache."""
+    geometry, mesh = step.geometry, _mesh(devices)
+    table = head_table(geometry.num_heads, geometry.num_kv_heads, len(devices), PEERS)
+    params = described_weights(step.model, mesh, table.copies)
+    side = ComputeSide(
+        cut(step.model, table.copies),
+        params,
+        mesh,
+        table,
+        partition=_partition(step),
+        wire_dtype=geometry.wire_dtype,
+        rows=step.limits.rows,
+        sampler=_sampler(step, mesh),
+    )
+    middle = side.num_slices // 2
+    return Side(
+        jobs=_without_sampler(side.jobs(step.bucket, cached=True, overlap=True)),
+        footprint=lambda: side.footprint,
+        weights=bytes_per_device(jax.tree.leaves(params)),
+        layer=lambda: [side.compilation(step.bucket, middle, form) for form in ("query", "rest")],
+    )
+
+
+def sampling(step: Step, devices: Sequence[jax.Device]) -> Side:
+    """What chooses tokens, on all `devices` alike."""
+    sampler = _sampler(step, _mesh(devices))
+    jobs = sampler.jobs(step.bucket[0], SHAPES[step.model].vocab_size)
+    return Side(jobs=jobs, footprint=lambda: largest(sampler.programs))
+
+
+def memory(step: Step, devices: Sequence[jax.Device]) -> Side:
+    """The cache over all `devices`, cut by KV head; `PEERS` others have the layers. All run the same."""
+    geometry = step.geometry
+    table = head_table(geometry.num_heads, geometry.num_kv_heads, PEERS, len(devices))
+    plan = CachePlan(
+        geometry=geometry,
+        partition=_partition(step),
+        table=table,
+        mesh=_mesh(devices),
+        limits=step.limits,
+        sliced=cut(step.model),
+    )
+    shard = AttentionShard(
+        geometry.share(len(devices)),
+        devices[0],
+        plan.windows,
+        plan.kinds,
+        pieces=table.per_worker,
+        copies=table.copies,
+    )
+    return Side(
+        jobs=shard.jobs(step.bucket, plan.pages_per_request, cached=True, overlap=True),
+        footprint=lambda: shard.footprint,
+        page=shard.geometry.bytes_per_page,
+    )
+
+
+def collocated(step: Step, devices: Sequence[jax.Device]) -> Side:
+    """A whole step as one program over all `devices`: the layers, and attention under `shard_map`."""
+    mesh = _mesh(devices)
+    params = described_weights(step.model, mesh)
+    runner = CollocatedRunner(
+        cut(step.model),
+        params,
+        step.geometry,
+        mesh,
+        rows=step.limits.rows,
+        pages_per_request=step.limits.pages_per_request,
+        sampler=_sampler(step, mesh),
+    )
+    return Side(
+        jobs=_without_sampler(runner.jobs(step.bucket, cached=True)),
+        footprint=lambda: runner.footprint,
+        weights=bytes_per_device(jax.tree.leaves(params)),
+        page=step.geometry.share(len(devices)).bytes_per_page,
+        ahead=2,
+    )
 
 
 SIDES: dict[str, Callable[[Step, Sequence[jax.Device]], Side]] = {
-    "compute": Compute,
-    "sampler": Sampling,
-    "memory": Memory,
-    "collocated": Collocated,
+    "compute": compute,
+    "sampler": sampling,
+    "memory": memory,
+    "collocated": collocated,
 }
+
+
+def _without_sampler(jobs: Iterator[Job]) -> Iterator[Job]:
+    """Logits are whole on every device, so that its programs are the same wherever a vocabulary is the same:
+    they are a side of their own."""
+    return (job for job in jobs if not job[0].startswith("sampler"))
+
+
+def _partition(step: Step) -> Partition:
+    return Partition("heads", 1, step.geometry.num_pages, step.geometry.page_size)
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:

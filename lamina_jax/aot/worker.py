@@ -94,11 +94,11 @@ def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> Iter
     side = SIDES[case.side](step, devices)
 
     def needs() -> dict[str, int]:
-        each = side.needs()._asdict()
+        each = side.needs(devices, step.limits)._asdict()
         return {"pages": each.pop("page") * step.geometry.num_pages, **each}
 
     fits = sum(needs().values()) <= usable
-    for name, job in side.jobs() if fits else ():
+    for name, job in side.jobs if fits else ():
         yield _compiled(name, job, kernels)
     yield {
         "layer": collectives("".join(each.compiled.as_text() for each in side.layer())) if fits else {},
