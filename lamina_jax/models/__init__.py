@@ -19,11 +19,10 @@ from flax import nnx
 from lamina_jax.models.config import Family, ModelConfig, RopeConfig
 from lamina_jax.models.layers import Storage
 from lamina_jax.models.llama import Llama
-from lamina_jax.models.mistral import Mistral
 from lamina_jax.models.qwen2 import Qwen2
 from lamina_jax.models.qwen3 import Qwen3
 
-FAMILIES: dict[Family, type[Llama]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
+FAMILIES: dict[Family, type[Llama]] = {"llama": Llama, "mistral": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
 
 __all__ = ["FAMILIES", "ModelConfig", "RopeConfig", "Storage", "as_function", "build", "initialise"]
 

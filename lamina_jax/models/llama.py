@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3 (Hugging Face's LlamaForCausalLM)."""
+"""Llama 1, 2 and 3, and Mistral, which is the same with windows (LlamaForCausalLM, MistralForCausalLM)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ As their config.json gives them. No jax here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lamina_jax.models.config import ModelConfig, RopeConfig
 
 QWEN3_0_6B = ModelConfig(
@@ -23,8 +25,6 @@ QWEN3_0_6B = ModelConfig(
 )
 """596 M parameters, 1.2 GB."""
 
-_LLAMA3_ROPE = RopeConfig(theta=5e5, scaling="llama3", factor=8.0)
-
 LLAMA3_8B = ModelConfig(
     family="llama",
     vocab_size=128256,
@@ -36,22 +36,10 @@ LLAMA3_8B = ModelConfig(
     head_dim=128,
     max_position=131072,
     rms_norm_eps=1e-5,
-    rope=_LLAMA3_ROPE,
+    rope=RopeConfig(theta=5e5, scaling="llama3", factor=8.0),
 )
 
-LLAMA3_70B = ModelConfig(
-    family="llama",
-    vocab_size=128256,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=131072,
-    rms_norm_eps=1e-5,
-    rope=_LLAMA3_ROPE,
-)
+LLAMA3_70B = replace(LLAMA3_8B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64)
 
 SHAPES = {"qwen3-0.6b": QWEN3_0_6B, "llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B}
 
