@@ -6,7 +6,7 @@ requests, and of attention only what it reads.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,12 +60,13 @@ def storage_dtype(dtype: str, platform: str) -> jnp.dtype:
     return jnp.dtype("uint16") if dtype == "bfloat16" and platform == "cpu" else jnp.dtype(dtype)
 
 
-def _zeros(g: CacheGeometry, sharding: Sharding) -> Any:
+def _zeros(g: CacheGeometry, sharding: Sharding) -> Callable[[], Pages]:
     shape = (g.num_pages, 2, g.num_kv_heads, g.page_size, g.head_dim)
     device: Any = next(iter(sharding.device_set))
-    return partial(_empty, shape, storage_dtype(g.dtype, device.platform), quantized=g.is_quantized)
+    dtype = storage_dtype(g.dtype, device.platform)
 
+    def zeros() -> Pages:
+        values = jnp.zeros(shape, dtype)
+        return QuantizedPages(values, jnp.zeros(shape[:-1], jnp.float32)) if g.is_quantized else values
 
-def _empty(shape: tuple[int, ...], dtype: jnp.dtype, *, quantized: bool) -> Pages:
-    values = jnp.zeros(shape, dtype)
-    return QuantizedPages(values, jnp.zeros(shape[:-1], jnp.float32)) if quantized else values
+    return zeros

@@ -50,6 +50,82 @@ class Begun(NamedTuple):
     plans: dict[int, SplitPlan]
 
 
+class Kernels(NamedTuple):
+    """What the programs of a shard compute, apart from it: a program that is kept keeps no pages.
+
+    Attributes:
+        platform: whose kernels run; see `kernel_platform`.
+        cached_part, pieces, copies: as `AttentionShard` is given them.
+    """
+
+    geometry: CacheGeometry
+    platform: str | None
+    cached_part: CachedPart
+    pieces: int
+    copies: int
+
+    def append(self, pages: Pages, slots: jax.Array, kv: Arrays) -> Pages:
+        """The pages with k and v of messages."""
+        g = self.geometry
+        halves = [jnp.split(from_wire(piece, g.wire_dtype), 2, axis=2) for piece in kv]
+        k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        return keep_kv(pages, k, v, slots.reshape(-1), dtype=g.dtype, platform=self.platform)
+
+    def plans(
+        self, meta: StepMetadata, *, q: jax.ShapeDtypeStruct, pages: Any, windows: tuple[int, ...]
+    ) -> dict[int, SplitPlan]:
+        """By window, what layers plan for such q and pages; nothing where the kernel plans nothing."""
+        lengths = meta.context_lens, meta.page_index, meta.positions
+        plans = {window: split_plan(q, pages, *lengths, window, platform=self.platform) for window in windows}
+        return {window: plan for window, plan in plans.items() if plan is not None}
+
+    def attend(
+        self,
+        kind: AttentionKind,
+        pages: Pages,
+        window: jax.Array,
+        plan: SplitPlan | None,
+        meta: StepMetadata,
+        q: Arrays,
+    ) -> Arrays:
+        """The cached part of messages q, as messages."""
+        wire = self.geometry.wire_dtype
+        o, lse = self.cached_part(
+            jnp.concatenate([from_wire(piece, wire) for piece in q], axis=2),
+            pages,
+            meta.block_tables,
+            meta.context_lens,
+            meta.page_index,
+            meta.positions,
+            window,
+            scale=kind.scale,
+            softcap=kind.softcap,
+            dtype=self.geometry.dtype,
+            platform=self.platform,
+            plan=plan,
+        )
+        parts = zip(*(jnp.split(x, self.pieces, axis=2) for x in (o.astype(wire), lse)), strict=True)
+        return tuple(pack_part(*part) for part in parts)
+
+    def append_and_attend(
+        self,
+        kind: AttentionKind,
+        pages: Pages,
+        window: jax.Array,
+        plan: SplitPlan | None,
+        meta: StepMetadata,
+        qkv: Arrays,
+    ) -> tuple[Pages, Arrays]:
+        """Both, for messages of q, k and v."""
+        # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
+        # lie beyond context_lens, so the cached part does not see them.
+        heads = self.geometry.num_heads // self.pieces
+        pages = self.append(pages, meta.slots, tuple(piece[:, :, heads:] for piece in qkv[:: self.copies]))
+        q = tuple(piece[:, :, :heads] for piece in qkv)
+        return pages, self.attend(kind, pages, window, plan, meta, q)
+
+
 class AttentionShard:
     """KV pages of `geometry` (this device's share of the heads) on `device`, from `hold` on.
 
@@ -81,11 +157,12 @@ class AttentionShard:
         copies: int = 1,
         native: bool = False,
     ) -> None:
-        self.geometry, self.device, self._native = geometry, device, native
+        self.geometry, self.device = geometry, device
         self._pieces, self._copies = pieces, copies
-        self._kinds, self._place = kinds, SingleDeviceSharding(device)
-        self._compute_cached_part = cached_part or paged_attention
-        self._window_sizes = windows
+        self._kinds, self._window_sizes = kinds, windows
+        self._place = SingleDeviceSharding(device)
+        platform = kernel_platform(geometry, device.platform, native=native)
+        self._kernels = Kernels(geometry, platform, cached_part or paged_attention, pieces, copies)
         self.pages: list[Pages] = []
         self._programs: dict[ProgramKey, Compilation] = {}
 
@@ -155,60 +232,33 @@ class AttentionShard:
         pages = pages_struct(self.geometry, self._place)
         slots = jax.ShapeDtypeStruct((tokens,), np.int32, sharding=self._place)
         inputs = (pages, stored_struct(self.geometry, self._place, tokens), slots)
-        program = self._programs["pulled", (tokens, 1), None] = Compilation(
-            partial(keep_stored, platform=self._platform), inputs, donate=(0,)
-        )
+        keep = partial(keep_stored, platform=self._kernels.platform)
+        program = self._programs["pulled", (tokens, 1), None] = Compilation(keep, inputs, donate=(0,))
         return f"pulled {tokens} on {self.device}", program.compile
 
     def _plan_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         g = self.geometry
         q = jax.ShapeDtypeStruct((*bucket, g.num_heads, g.head_dim), jnp.dtype(g.wire_dtype))
         pages, windows = pages_struct(g, self._place), tuple(dict.fromkeys(self._window_sizes))
-        plans = partial(_plans, q=q, pages=pages, windows=windows, platform=self._platform)
-        return Compilation(plans, (meta,))
+        return Compilation(partial(self._kernels.plans, q=q, pages=pages, windows=windows), (meta,))
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies
         kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
         pages = pages_struct(self.geometry, self._place)
-        return Compilation(self._append, (pages, meta.slots, kv), donate=(0,))
-
-    @property
-    def _platform(self) -> str | None:
-        return kernel_platform(self.geometry, self.device.platform, native=self._native)
-
-    @property
-    def _append(self) -> Callable[..., Pages]:
-        g = self.geometry
-        return partial(_append, dtype=g.dtype, wire_dtype=g.wire_dtype, platform=self._platform)
+        return Compilation(self._kernels.append, (pages, meta.slots, kv), donate=(0,))
 
     def _attend_program(
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata, plan: SplitPlan | None
     ) -> Compilation:
-        g = self.geometry
-        attend = partial(
-            _cached_part,
-            compute=self._compute_cached_part,
-            kind=kind,
-            dtype=g.dtype,
-            wire_dtype=g.wire_dtype,
-            platform=self._platform,
-        )
-        num_heads = g.num_heads // self._pieces
-        kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if name == "both" else 0
-        messages = self._messages(self._pieces, bucket, num_heads + kv_heads)
+        g, both = self.geometry, name == "both"
+        kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if both else 0
+        messages = self._messages(self._pieces, bucket, g.num_heads // self._pieces + kv_heads)
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
         inputs = (pages_struct(g, self._place), window, plan, meta, messages)
-        if name == "attend":
-            return Compilation(attend, inputs)
-        both = partial(
-            _append_and_attend,
-            num_heads=num_heads,
-            copies=self._copies,
-            append=self._append,
-            cached_part=attend,
-        )
-        return Compilation(both, inputs, donate=(0,))
+        if both:
+            return Compilation(partial(self._kernels.append_and_attend, kind), inputs, donate=(0,))
+        return Compilation(partial(self._kernels.attend, kind), inputs)
 
     def _messages(self, count: int, bucket: Bucket, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape, dtype = (*bucket, heads, self.geometry.head_dim), message_dtype(self.geometry.wire_dtype)
@@ -235,75 +285,3 @@ def kernel_platform(g: CacheGeometry, platform: str, *, native: bool = False) ->
     """
     readings = ("native", platform) if native else (platform,)
     return next((each for each in readings if not refusal(each, g.dtype, g.page_size, g.head_dim)), None)
-
-
-def _append(
-    pages: Pages, slots: jax.Array, kv: Arrays, *, dtype: str, wire_dtype: str, platform: str | None
-) -> Pages:
-    halves = [jnp.split(from_wire(piece, wire_dtype), 2, axis=2) for piece in kv]
-    k, v = (jnp.concatenate(pieces, axis=2) for pieces in zip(*halves, strict=True))
-    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    return keep_kv(pages, k, v, slots.reshape(-1), dtype=dtype, platform=platform)
-
-
-def _plans(
-    meta: StepMetadata,
-    *,
-    q: jax.ShapeDtypeStruct,
-    pages: Any,
-    windows: tuple[int, ...],
-    platform: str | None,
-) -> dict[int, SplitPlan]:
-    """By window, what layers plan for such q and pages; nothing where the platform's kernel plans nothing."""
-    lengths = meta.context_lens, meta.page_index, meta.positions
-    plans = {window: split_plan(q, pages, *lengths, window, platform=platform) for window in windows}
-    return {window: plan for window, plan in plans.items() if plan is not None}
-
-
-def _cached_part(
-    pages: Pages,
-    window: jax.Array,
-    plan: SplitPlan | None,
-    meta: StepMetadata,
-    q: Arrays,
-    *,
-    compute: CachedPart,
-    kind: AttentionKind,
-    dtype: str,
-    wire_dtype: str,
-    platform: str | None,
-) -> Arrays:
-    o, lse = compute(
-        jnp.concatenate([from_wire(piece, wire_dtype) for piece in q], axis=2),
-        pages,
-        meta.block_tables,
-        meta.context_lens,
-        meta.page_index,
-        meta.positions,
-        window,
-        scale=kind.scale,
-        softcap=kind.softcap,
-        dtype=dtype,
-        platform=platform,
-        plan=plan,
-    )
-    parts = zip(jnp.split(o.astype(wire_dtype), len(q), axis=2), jnp.split(lse, len(q), axis=2), strict=True)
-    return tuple(pack_part(*part) for part in parts)
-
-
-def _append_and_attend(
-    pages: Pages,
-    window: jax.Array,
-    plan: SplitPlan | None,
-    meta: StepMetadata,
-    qkv: Arrays,
-    *,
-    num_heads: int,
-    copies: int,
-    append: Callable[..., Pages],
-    cached_part: Callable[..., Arrays],
-) -> tuple[Pages, Arrays]:
-    # Append first: reading a donated pool and then writing it in one program copies it. The new tokens
-    # lie beyond context_lens, so the cached part does not see them.
-    pages = append(pages, meta.slots, tuple(piece[:, :, num_heads:] for piece in qkv[::copies]))
-    return pages, cached_part(pages, window, plan, meta, tuple(piece[:, :, :num_heads] for piece in qkv))
