@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -36,9 +35,13 @@ from lamina_jax.hosts.messages import (
     decode_report,
     encode,
 )
+from lamina_jax.hosts.threads import DaemonThreads
 
 REPORT_BYTES = 1 << 20
 """Of one message of a follower."""
+
+REFUSED_AT_ONCE = 8
+"""Calls beside those of the followers that there are to be."""
 
 END_SECONDS = 2.0
 """What followers get to give back what they hold."""
@@ -97,7 +100,8 @@ class Leader:
         self._complete = self._ended = False
         tls = server_tls(security)
         self._grpc = grpc.server(
-            ThreadPoolExecutor(num_hosts + 8, "hosts"),  # each follower's stream, and some to refuse
+            DaemonThreads("hosts"),
+            maximum_concurrent_rpcs=num_hosts + REFUSED_AT_ONCE,
             interceptors=[TokenCheck(read_token(security))],
             options=[
                 *KEEPALIVE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
 
 import jax
@@ -32,6 +33,8 @@ def lead(
     address = _free_address(place.coordinator)
     leader.send(World(address, leader.group))
     _enter(address, place.num_hosts, 0)
+    # Not as a daemon: the end of Python waits for it.
+    threading.Thread(target=_close_at_the_end, args=(leader,), name="end of the hosts").start()
     return leader
 
 
@@ -48,6 +51,12 @@ def join(
     report("waiting for the other compute hosts", 0, 0)
     _enter(follower.enter(), place.num_hosts, place.host_id)
     return follower
+
+
+def _close_at_the_end(leader: Leader) -> None:
+    """A script that ends without a word has ended in good order: the other hosts end like it."""
+    threading.main_thread().join()
+    leader.close()
 
 
 def _place(config: EngineConfig) -> Place:
