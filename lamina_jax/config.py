@@ -6,8 +6,10 @@ Every key is obeyed or refused with a `ConfigError` that names it and says what 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from math import inf
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -16,6 +18,21 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+class Range(NamedTuple):
+    """In a field's type: which values it takes, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Range("a positive integer", lambda value: type(value) is int and value >= 1)]
+Port = Annotated[int, Range("in 0 .. 65535", lambda value: 0 <= value <= 65535)]
+Seconds = Annotated[float, Range("a number of at least 0", lambda value: 0 <= value < inf)]
+Duration = Annotated[float, Range("a positive number", lambda value: 0 < value < inf)]
+Positive = Annotated[float, Range("a positive number, or inf", lambda value: value > 0)]
+Fraction = Annotated[float, Range("in (0, 1]", lambda value: 0 < value <= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +113,20 @@ class EngineConfig:
     placement: Literal["disaggregated", "collocated"] = "disaggregated"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kv_dtype: Literal["auto", "bf16", "int8", "fp8", "float32", "bfloat16"] = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 8
-    max_waiting: int = 1024
-    max_prefill_tokens: int | None = None
-    prefill_stall_ms: float = 500.0
-    page_size: int = 64
-    num_pages: int | None = None
-    memory_fraction: float | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 8
+    max_waiting: Count = 1024
+    max_prefill_tokens: Count | None = None
+    prefill_stall_ms: Positive = 500.0
+    page_size: Count = 64
+    num_pages: Count | None = None
+    memory_fraction: Fraction | None = None
     microbatches: Literal["auto", 1, 2] = "auto"
     overlap: Literal["auto", "on", "off"] = "auto"
     compute_devices: str | None = None
     memory_devices: str | None = None
     attention: str | None = None
-    worker_wait_seconds: float = 60.0
+    worker_wait_seconds: Seconds = 60.0
     partition: Literal["heads", "requests", "tokens"] = "heads"
     exchange: Literal["auto", "local", "socket", "grpc", "jax"] = "auto"
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -124,7 +141,7 @@ class EngineConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
         if self.partition != "heads" and self.placement == "collocated":
             raise ConfigError(
                 f"partition={self.partition} is among workers, and placement=collocated has none"
@@ -161,26 +178,6 @@ class EngineConfig:
                 "partition=tokens sends q to every worker, and k, v to one: it cannot send them in one "
                 "message, leave overlap=off out"
             )
-        positive = (
-            "max_model_len",
-            "max_num_seqs",
-            "max_waiting",
-            "max_prefill_tokens",
-            "page_size",
-            "num_pages",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if not self.prefill_stall_ms > 0:
-            raise ConfigError(f"prefill_stall_ms must be a positive number, got {self.prefill_stall_ms!r}")
-        if not 0 <= self.worker_wait_seconds < float("inf"):
-            raise ConfigError(
-                f"worker_wait_seconds must be a number of at least 0, got {self.worker_wait_seconds!r}"
-            )
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
 
     def _check_hosts(self) -> None:
         given = {name for name in ("num_hosts", "host_id") if getattr(self, name) is not None}
@@ -220,21 +217,15 @@ class ServerConfig:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    drain_seconds: float = 30.0
-    request_seconds: float = 600.0
+    port: Port = 8000
+    drain_seconds: Seconds = 30.0
+    request_seconds: Duration = 600.0
     api_key_file: str | None = None
     log_format: Literal["text", "json"] = "text"
     insecure: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in 0 .. 65535, got {self.port}")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
-        if not 0 < self.request_seconds < float("inf"):
-            raise ConfigError(f"request_seconds must be a positive number, got {self.request_seconds}")
-        _check_choices(self)
+        _check_fields(self)
         if not (is_loopback(self.host) or self.api_key_file or self.insecure):
             raise ConfigError(
                 f"host={self.host!r} can be reached from other machines, and no API key is asked for: give "
@@ -264,24 +255,16 @@ class AttendConfig:
 
     listen: str = "127.0.0.1:7101"
     devices: str | None = None
-    memory_fraction: float | None = None
-    data_port: int = 0
-    metrics_port: int | None = None
-    drain_seconds: float = 30.0
+    memory_fraction: Fraction | None = None
+    data_port: Port = 0
+    metrics_port: Port | None = None
+    drain_seconds: Seconds = 30.0
     compilation_cache: str | None = None
     cpu_kernels: Literal["auto", "native", "xla"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
         host_and_port("listen", self.listen)
-        for name in ("data_port", "metrics_port"):
-            port = getattr(self, name)
-            if port is not None and not 0 <= port <= 65535:
-                raise ConfigError(f"{name} must be in 0 .. 65535, got {port}")
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise ConfigError(f"drain_seconds must be a number of at least 0, got {self.drain_seconds}")
 
 
 def host_and_port(name: str, address: str) -> tuple[str, int]:
@@ -329,9 +312,13 @@ def indices(text: str) -> list[int]:
     return numbers
 
 
-def _check_choices(config: object) -> None:
-    """Refuse a value of a `Literal` field that is none of its choices."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ConfigError(f"{name} must be one of {choices}; got {getattr(config, name)!r}")
+def _check_fields(config: object) -> None:
+    """Refuse a value that its field's type does not take: none of the choices, or out of a `Range`."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}; got {value!r}")
+        for kind in (hint, *get_args(hint)) if value is not None else ():  # T, and T of T | None
+            for bound in getattr(kind, "__metadata__", ()):
+                if not bound.holds(value):
+                    raise ConfigError(f"{name} must be {bound.words}, got {value!r}")
