@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from lamina_jax.core import QueueFull
+from lamina_jax.config import CheckpointError, ConfigError
+from lamina_jax.core import QueueFull, WorkerLost
 from lamina_jax.engine.engine import Engine
 from lamina_jax.server import messages
 from lamina_jax.server.frames import MESSAGES, FrameError, pack, receive
@@ -30,9 +31,8 @@ log = logging.getLogger(__name__)
 Build = Callable[[Callable[[str, int, int], None]], Engine]
 """`build(report)` makes the engine, and calls `report(phase, done, total)` on the way."""
 
-
-class StartError(Exception):
-    """The engine cannot start for a reason that its user can change; the message says which."""
+EXPLAINED = (ConfigError, CheckpointError, WorkerLost)
+"""Errors that say what to change."""
 
 
 class _Left(Exception):
@@ -43,7 +43,7 @@ class EngineLoop:
     """Builds an engine, then steps it while it has work and sleeps, open to messages, while it has none.
 
     Args:
-        build: a `StartError` is reported by its message alone.
+        build: an error that its user can mend (`EXPLAINED`) is reported by its message alone.
         connection: a stream socket, blocking; closed at the end. The last event on it is `Died`, unless
             `Stop` came.
         left: called, in a thread of its own, when the other end is closed or cannot be understood, before
@@ -81,7 +81,7 @@ class EngineLoop:
             engine.close()
         except _Left:
             raise
-        except StartError as error:
+        except EXPLAINED as error:
             self._emit(messages.Died(str(error)))
         except BaseException as error:  # whatever it is, those who wait for answers must hear of it
             log.exception("the engine has died")

@@ -10,13 +10,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from lamina_jax.cluster.pin import die_with, pin
-from lamina_jax.config import CheckpointError, ConfigError
-from lamina_jax.core import WorkerLost
 from lamina_jax.engine.engine import Engine
 from lamina_jax.hosts.alarm import Alarm, leave
-from lamina_jax.server.engine_loop import Build, EngineLoop, StartError
+from lamina_jax.server.engine_loop import Build, EngineLoop
 from lamina_jax.server.frames import STARTS, receive
 from lamina_jax.server.log_format import configure_logging
 from lamina_jax.server.messages import Start
@@ -28,40 +27,32 @@ def main() -> None:
     start: Start = receive(connection, STARTS)
     configure_logging(start.log_format)
     alarm = Alarm()
-    run(build(start, alarm), connection, alarm)
+    run(partial(build, start, alarm), connection, alarm)
     if start.config.coordinator is not None:
         leave(0)  # the other compute hosts have ended, and JAX would wait for them
 
 
-def run(build: Build, connection: socket.socket, alarm: Alarm | None = None) -> None:
+def run(build: Build, connection: socket.socket, alarm: Alarm) -> None:
     """Run an engine until nobody wants it any more. Signals are for the server: they are blocked here."""
     die_with(os.getppid())  # also while it is stopped
     loop = EngineLoop(build, connection, left=lambda: os._exit(1))
-    if alarm is not None:
-        alarm.tell(loop.fail)
+    alarm.tell(loop.fail)
     loop.run()
 
 
-def build(start: Start, alarm: Alarm | None = None) -> Build:
-    """How the loop makes its engine; jax is imported there, once the cores are set.
+def build(start: Start, alarm: Alarm, report: Callable[[str, int, int], None]) -> Engine:
+    """The engine that `start` describes; jax is imported here, once the cores are set.
 
     Args:
         alarm: rung when another compute host is lost.
     """
+    pin(start.cores)
+    report("importing jax", 0, 0)
+    from lamina_jax.engine.build import build_engine
 
-    def build_it(report: Callable[[str, int, int], None]) -> Engine:
-        try:
-            pin(start.cores)
-            report("importing jax", 0, 0)
-            from lamina_jax.engine.build import build_engine
-
-            if start.cluster is not None:
-                _check_cluster(start.cluster)
-            return build_engine(start.config, report, alarm=alarm)
-        except (ConfigError, CheckpointError, WorkerLost) as error:
-            raise StartError(str(error)) from None
-
-    return build_it
+    if start.cluster is not None:
+        _check_cluster(start.cluster)
+    return build_engine(start.config, report, alarm=alarm)
 
 
 def _check_cluster(name: str) -> None:

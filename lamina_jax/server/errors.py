@@ -46,10 +46,8 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        kind: Literal["invalid_request_error", "server_error"]
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
-        error = Error(message=self.detail, type=kind, param=self.param, code=self.code)
-        return ErrorBody(error=error).model_dump()
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         return JSONResponse(self.body, self.status_code, headers=self.headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from lamina_jax.config import ConfigError, ServerConfig
+from lamina_jax.config import ConfigError, ServerConfig, address_of
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -28,5 +28,4 @@ def listen(config: ServerConfig) -> socket.socket:
 
 def url(listener: socket.socket) -> str:
     """Where a client finds the listener."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{address_of(*listener.getsockname()[:2])}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import openai
 import pytest
 from fake_server import Running, running
 
 from lamina_jax.config import EngineConfig
+from lamina_jax.hosts.alarm import Alarm
 from lamina_jax.server.engine_process import build
 from lamina_jax.server.messages import Start
 from lamina_jax.weights.hub import find_model
@@ -31,7 +33,10 @@ FEW_PROGRAMS = EngineConfig(
 def live() -> Iterator[Running]:
     tokenizer = Tokenizer.from_folder(find_model("bundled"))
     with running(
-        build(Start(FEW_PROGRAMS)), ready=False, model="bundled", load_tokenizer=lambda: tokenizer
+        partial(build, Start(FEW_PROGRAMS), Alarm()),
+        ready=False,
+        model="bundled",
+        load_tokenizer=lambda: tokenizer,
     ) as server:
         server.wait_ready(START_SECONDS)
         yield server

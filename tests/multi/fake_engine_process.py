@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fake_server import FakeEngine, GatedRunner
 
+from lamina_jax.hosts.alarm import Alarm
 from lamina_jax.server.engine_process import run
 
 start_seconds, step_seconds = map(float, sys.argv[1:3])
@@ -21,4 +22,4 @@ def start(report: Callable[[str, int, int], None]) -> None:
 
 runner = GatedRunner()
 runner.step_seconds = step_seconds
-run(FakeEngine(runner=runner, before=start).build, socket.socket(fileno=int(sys.argv[3])))
+run(FakeEngine(runner=runner, before=start).build, socket.socket(fileno=int(sys.argv[3])), Alarm())

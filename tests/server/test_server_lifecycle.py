@@ -28,7 +28,6 @@ from lamina_jax.config import ConfigError, ServerConfig
 from lamina_jax.server import engine_loop
 from lamina_jax.server import service as lamina_service
 from lamina_jax.server.app import create_app
-from lamina_jax.server.engine_loop import StartError
 from lamina_jax.server.lifecycle import Server
 from lamina_jax.server.listener import listen
 from lamina_jax.server.messages import Alive, Died, Ready
@@ -68,7 +67,7 @@ def test_before_it_is_ready_it_says_how_far_it_is() -> None:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (StartError("no such folder"), "error: no such folder\n"),
+        (ConfigError("no such folder"), "error: no such folder\n"),
         (RuntimeError("out of memory"), "error: RuntimeError: out of memory\n"),
     ],
 )
