@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "ahead.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -26,35 +27,56 @@ constexpr int64_t kWorthHelp = 256 * 1024;  // bytes of pages; fewer are read be
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What pages hold, and how a vector of it is read: 16 float32, or 32 bfloat16 as the halves of 16 words. The 8-bit
-// kinds are read as the whole numbers or float8 that they are; their scales go to scores and weights.
+// What pages hold (`Stored`), and how it meets queries and weights: as vectors of 16 float32, or of 32 elements of 16 bits
+// as the halves of 16 words, which are multiplied in pairs. float8 is multiplied as the bfloat16 that it is, too. int8
+// stays whole numbers: queries, and the weights of a page, become whole numbers of 16 bits with a scale of theirs. The
+// scales of 8-bit pages go to scores and weights.
 struct Float32 {
   using Stored = float;
   using Element = float;
   using Vector = Floats;
-  static Floats read(const float* from) { return load<Floats>(from); }
-};
-struct Int8 {
-  using Stored = int8_t;
-  using Element = float;
-  using Vector = Floats;
-  static Floats read(const int8_t* from) { return floats_of(load<SignedBytes>(from)); }
-};
-struct Float8 {
-  using Stored = uint8_t;
-  using Element = float;
-  using Vector = Floats;
-  static Floats read(const uint8_t* from) { return floats_of(load<Bytes>(from)); }
+  using Sum = Floats;
+  using Raw = Floats;  // the memory of a vector
+  static Floats vector(Floats raw) { return raw; }
 };
 struct Bfloat16 {
   using Stored = uint16_t;
   using Element = uint16_t;
   using Vector = Words;
-  static Words read(const uint16_t* from) { return load<Words>(from); }
+  using Sum = Floats;
+  using Raw = Words;
+  static Words vector(Words raw) { return raw; }
+};
+struct Float8 {
+  using Stored = uint8_t;
+  using Element = uint16_t;
+  using Vector = Words;
+  using Sum = Floats;
+  using Raw = Bytes;
+  static Words vector(Bytes raw) { return bfloat16_of_float8(raw); }
+};
+struct Int8 {
+  using Stored = int8_t;
+  using Element = int16_t;
+  using Vector = Words;
+  using Sum = Ints;
+  using Raw = Bytes;
+  static Words vector(Bytes raw) { return int16_of_int8(raw); }
 };
 
 template <class Page>
 constexpr bool kQuantized = sizeof(typename Page::Stored) == 1;
+template <class Page>
+constexpr bool kPairs = std::is_same_v<typename Page::Vector, Words>;
+template <class Page>
+constexpr bool kWhole = std::is_same_v<typename Page::Sum, Ints>;
+template <class Page>
+constexpr int64_t kElements = sizeof(typename Page::Vector) / sizeof(typename Page::Element);  // of a vector
+
+template <class Page>
+typename Page::Vector read(const typename Page::Stored* from) { return Page::vector(load<typename Page::Raw>(from)); }
+template <class Page>
+typename Page::Vector read_half(const typename Page::Stored* from) { return Page::vector(load_half<typename Page::Raw>(from)); }
 
 struct Call {
   int64_t B, Q, N, H, P, K, p, M;
@@ -70,8 +92,11 @@ struct Call {
   int64_t rows() const { return Q * groups(); }
   // Row r of a request and KV head among all rows of q, o and lse.
   int64_t row(int64_t b, int64_t k, int64_t r) const { return (b * Q + r / groups()) * N + k * groups() + r % groups(); }
-  // Tables come from other machines, too: no entry leads out of the pool.
-  int64_t page(int64_t b, int64_t m) const { return std::clamp<int64_t>(block_tables[b * M + m], 0, P - 1); }
+  // The keys of an entry's page and a KV head among all arrays [p, H] of pages; the values follow by K. Tables come from
+  // other machines, too: no entry leads out of the pool.
+  int64_t keys(int64_t b, int64_t m, int64_t k) const {
+    return std::clamp<int64_t>(block_tables[b * M + m], 0, P - 1) * 2 * K + k;
+  }
   int64_t first_visible(int64_t b, int64_t r) const { return q_positions[b * Q + r / groups()] - window + 1; }
 };
 
@@ -82,12 +107,15 @@ struct State {
   int64_t rows, width;  // width: H rounded up to whole vectors of elements
   int64_t tokens;       // p rounded up to whole vectors
   std::unique_ptr<char[]> memory;
-  Element* q;        // [rows, width]
-  float* weighted;   // [rows, width]: sum of weight x v; of bfloat16 each 32 as 16 even elements and 16 odd ones
-  float* scores;     // [rows, tokens], then their weights
-  uint16_t* rounded;  // [rows, tokens]: the weights as bfloat16
+  Element* q;         // [rows, width]
+  float* weighted;    // [rows, width]: sum of weight x v; of elements in pairs each 32 as 16 even ones and 16 odd ones
+  float* scores;      // [rows, tokens], then their weights
+  Element* weights;   // [rows, tokens]: the weights as elements, in pairs
   float *key_scales, *value_scales;  // [tokens], 0 where there is no token
+  float scale[kTaskRows];  // what the row's scores are multiplied by
   float maximum[kTaskRows], total[kTaskRows];
+  // Of a page: by what has been summed so far must shrink, and what 1 among its weights stands for.
+  float shrink[kTaskRows], unit[kTaskRows];
 
   State(int64_t rows, int64_t H, int64_t p)
       : rows(rows), width(round_up(H, 2 * kLanes)), tokens(round_up(p, 2 * kLanes)) {
@@ -96,20 +124,15 @@ struct State {
     auto* aligned = reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64));
     weighted = aligned;
     scores = weighted + rows * width;
-    rounded = reinterpret_cast<uint16_t*>(scores + rows * tokens);
-    q = reinterpret_cast<Element*>(rounded + rows * tokens);
-    value_scales = reinterpret_cast<float*>(q + rows * width);
-    key_scales = value_scales + tokens;
+    key_scales = scores + rows * tokens;
+    value_scales = key_scales + tokens;
+    q = reinterpret_cast<Element*>(value_scales + tokens);
+    weights = q + rows * width;
     std::fill_n(maximum, rows, kNone);
     std::fill_n(total, rows, 0.0f);
+    std::fill_n(unit, rows, 1.0f);
   }
 };
-
-template <class Element>
-Element rounded(float x) {
-  if constexpr (sizeof(Element) == 2) return to_bfloat16(x);
-  return x;
-}
 
 // scores[r, j] = q[r] . k[j] for `Rows` rows and as many tokens as fill a vector; those from `count` on repeat the last.
 template <class Page, int Rows>
@@ -117,10 +140,10 @@ void score(const typename Page::Element* q, int64_t width, const typename Page::
            float* scores, int64_t stride) {
   using Vector = typename Page::Vector;
   constexpr int kTokens = kLanes / Rows;
-  constexpr int64_t kStep = 64 / sizeof(typename Page::Element);
+  constexpr int64_t kStep = kElements<Page>;
   const typename Page::Stored* keys[kTokens];
   for (int j = 0; j < kTokens; j++) keys[j] = k + std::min<int64_t>(j, count - 1) * H;
-  Floats totals[kLanes] = {};
+  typename Page::Sum totals[kLanes] = {};
   auto step = [&](int j, int64_t h, Vector key) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; r++) {
@@ -131,49 +154,43 @@ void score(const typename Page::Element* q, int64_t width, const typename Page::
   if constexpr (Rows < 4) {  // one token after the other: memory is read in the order in which it lies
 #pragma GCC unroll 16
     for (int j = 0; j < kTokens; j++) {
-      for (int64_t h = 0; h < stop; h += kStep) step(j, h, Page::read(keys[j] + h));
+      for (int64_t h = 0; h < stop; h += kStep) step(j, h, read<Page>(keys[j] + h));
     }
   } else {  // four rows and four tokens meet in registers
     for (int64_t h = 0; h < stop; h += kStep) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kTokens; j++) step(j, h, Page::read(keys[j] + h));
+      for (int j = 0; j < kTokens; j++) step(j, h, read<Page>(keys[j] + h));
     }
   }
-  if constexpr (std::is_same_v<Page, Bfloat16>) {
+  if constexpr (kPairs<Page>) {
     if (stop < H) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kTokens; j++) step(j, stop, load_half<Words>(keys[j] + stop));
+      for (int j = 0; j < kTokens; j++) step(j, stop, read_half<Page>(keys[j] + stop));
     }
   }
-  Floats found = sums(totals);
+  Floats found = floats_of(sums(totals));
   for (int r = 0; r < Rows; r++) std::memcpy(scores + r * stride, reinterpret_cast<float*>(&found) + r * kTokens, kTokens * sizeof(float));
 }
 
-void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
-}
-
-// Scores of a page's first `count` tokens. `ahead`: as many values, to be fetched meanwhile; or nullptr.
+// Scores of a page's first `count` tokens.
 template <class Page, int Rows>
-void score_page(const State<Page>& state, int64_t row, const typename Page::Stored* k, int64_t H, int64_t count,
-                const typename Page::Stored* ahead) {
+void score_page(const State<Page>& state, int64_t row, const typename Page::Stored* k, int64_t H, int64_t count, Ahead& ahead) {
   constexpr int kTokens = kLanes / Rows;
   for (int64_t j = 0; j < count; j += kTokens) {
-    if (ahead) prefetch(ahead + j * H, kTokens * H * sizeof(*ahead));
+    ahead.some();
     score<Page, Rows>(state.q + row * state.width, state.width, k + j * H, H, count - j,
                       state.scores + row * state.tokens + j, state.tokens);
   }
 }
 
-// Scores of `count` tokens of row r become their weights, and the running maximum and total follow. Returns by what
-// has been summed so far must shrink.
+// Scores of `count` tokens of row r become their weights, and the running maximum and total follow.
 template <class Page>
-float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int64_t hidden) {
+void weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int64_t hidden) {
   float* scores = state.scores + r * state.tokens;
+  auto* elements = state.weights + r * state.tokens;
   const int64_t padded = round_up(count, 2 * kLanes);
-  Floats most = broadcast(kNone);
   for (int64_t j = 0; j < padded; j += kLanes) {
-    Floats x = load<Floats>(scores + j) * call.scale;
+    Floats x = load<Floats>(scores + j) * state.scale[r];
     if constexpr (kQuantized<Page>) x *= load<Floats>(state.key_scales + j);
     if (call.softcap > 0) {
       for (int i = 0; i < kLanes; i++) x[i] = call.softcap * std::tanh(x[i] / call.softcap);
@@ -182,46 +199,46 @@ float weigh(const Call& call, State<Page>& state, int64_t r, int64_t count, int6
   }
   std::fill_n(scores, std::min(hidden, count), kNone);
   std::fill(scores + count, scores + padded, kNone);
-  Ints broken = {};
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    Floats x = load<Floats>(scores + j);
-    broken |= x != x;
-    most = maximum(most, x);
-  }
-  const bool has_nan = any(broken);
+  Floats most = broadcast(kNone);
+  for (int64_t j = 0; j < padded; j += kLanes) most = maximum(most, load<Floats>(scores + j));
   const float highest = std::max(state.maximum[r], largest(most));
-  if (has_nan) state.total[r] = std::numeric_limits<float>::quiet_NaN();  // and with it all that the row gives
-  if (has_nan || highest == kNone) {
-    std::fill_n(scores, padded, 0.0f);
-    std::fill_n(state.rounded + r * state.tokens, padded, uint16_t{0});
-    return 1.0f;
-  }
-  Floats total = {};
+  const float base = highest == kNone ? 0.0f : highest;  // no row's weights are NaN for having seen nothing yet
+  Floats total = {}, heaviest = {}, all = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
-    Floats weights = exp_of_negative(load<Floats>(scores + j) - highest);
+    Floats weights = exp_of_negative(load<Floats>(scores + j) - base);
     total += weights;
     if constexpr (kQuantized<Page>) weights *= load<Floats>(state.value_scales + j);
     store(scores + j, weights);
-    if constexpr (std::is_same_v<Page, Bfloat16>) {
-      store(state.rounded + r * state.tokens + j, round_to_bfloat16(weights));
+    if constexpr (kWhole<Page>) {
+      heaviest = maximum(heaviest, weights);
+      all += weights;
+    } else if constexpr (kPairs<Page>) {
+      store(elements + j, round_to_bfloat16(weights));
     }
   }
-  const float shrink = std::exp(state.maximum[r] - highest);
-  state.total[r] = state.total[r] * shrink + sum(total);
+  if constexpr (kWhole<Page>) {
+    // So many that a page's sums of weight x v are below 2^31.
+    const float limit = std::min<int64_t>(32767, (int64_t{1} << 31) / (128 * padded) - 1), top = largest(heaviest);
+    state.unit[r] = top / limit + 0.0f * sum(all);  // NaN, if one of them is
+    const float per_unit = top > 0 ? limit / top : 0.0f;
+    for (int64_t j = 0; j < padded; j += kLanes) store(elements + j, round_to_int16(load<Floats>(scores + j) * per_unit));
+  }
+  state.shrink[r] = std::exp(state.maximum[r] - base);
+  state.total[r] = state.total[r] * state.shrink[r] + sum(total);
   state.maximum[r] = highest;
-  return shrink;
 }
 
 // weighted[r] = shrink[r] * weighted[r] + sum of weight[r, j] x v[j], for `Rows` rows, from element h on.
-template <int Rows, int Chunks, class Page>
-void add_chunks(State<Page>& state, int64_t row, const float* shrink, const typename Page::Stored* v, int64_t H, int64_t h, int64_t count) {
+template <int Rows, int Chunks>
+void add_chunks(State<Float32>& state, int64_t row, const float* v, int64_t H, int64_t h, int64_t count, Ahead& ahead) {
   Floats totals[Rows][Chunks];
   auto at = [&](int r, int c) { return state.weighted + (row + r) * state.width + h + c * kLanes; };
   for (int r = 0; r < Rows; r++)
-    for (int c = 0; c < Chunks; c++) totals[r][c] = load<Floats>(at(r, c)) * shrink[r];
+    for (int c = 0; c < Chunks; c++) totals[r][c] = load<Floats>(at(r, c)) * state.shrink[row + r];
   for (int64_t j = 0; j < count; j++) {
+    ahead.some();
     for (int c = 0; c < Chunks; c++) {
-      Floats value = Page::read(v + j * H + h + c * kLanes);
+      Floats value = load<Floats>(v + j * H + h + c * kLanes);
       for (int r = 0; r < Rows; r++) totals[r][c] += value * state.scores[(row + r) * state.tokens + j];
     }
   }
@@ -229,38 +246,22 @@ void add_chunks(State<Page>& state, int64_t row, const float* shrink, const type
     for (int c = 0; c < Chunks; c++) store(at(r, c), totals[r][c]);
 }
 
-template <int Rows, class Page>
-void add_values(State<Page>& state, int64_t row, const float* shrink, const typename Page::Stored* v, int64_t H, int64_t count) {
-  constexpr int kChunks = 16 / Rows;  // accumulators in registers: 16
-  int64_t h = 0;
-  for (; h + kChunks * kLanes <= H; h += kChunks * kLanes) add_chunks<Rows, kChunks>(state, row, shrink, v, H, h, count);
-  for (; h < H; h += kLanes) add_chunks<Rows, 1>(state, row, shrink, v, H, h, count);
-}
-
-// Two tokens at a time; the last of an odd number meets itself with weight 0. `Chunks`: of 32 elements each.
-template <int Rows, int Chunks, class Load>
-void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t h,
-               int64_t count, Load load_values) {
-  Floats even[Rows][Chunks], odd[Rows][Chunks];
-  const uint16_t* weights[Rows];
-  for (int r = 0; r < Rows; r++) {
-    weights[r] = state.rounded + (row + r) * state.tokens;
-    for (int c = 0; c < Chunks; c++) {
-      const float* sums = state.weighted + (row + r) * state.width + h + c * 2 * kLanes;
-      even[r][c] = load<Floats>(sums) * shrink[r];
-      odd[r][c] = load<Floats>(sums + kLanes) * shrink[r];
-    }
-  }
+// The same two tokens at a time; the last of an odd number meets itself with weight 0. `Chunks`: of 32 elements each.
+template <int Rows, int Chunks, class Page, class Read>
+void add_pairs(State<Page>& state, int64_t row, const typename Page::Stored* v, int64_t H, int64_t h, int64_t count, Ahead& ahead,
+               Read read_values) {
+  typename Page::Sum even[Rows][Chunks] = {}, odd[Rows][Chunks] = {};
   for (int64_t j = 0; j < count; j += 2) {
-    const uint16_t *one = v + j * H + h, *other = v + std::min(j + 1, count - 1) * H + h;
+    ahead.some();
+    const auto *one = v + j * H + h, *other = v + std::min(j + 1, count - 1) * H + h;
     Words pair[Rows];
     for (int r = 0; r < Rows; r++) {
       uint32_t two;
-      std::memcpy(&two, weights[r] + j, sizeof two);
+      std::memcpy(&two, state.weights + (row + r) * state.tokens + j, sizeof two);
       pair[r] = broadcast(two);
     }
     for (int c = 0; c < Chunks; c++) {
-      Words first = load_values(one + c * 2 * kLanes), second = load_values(other + c * 2 * kLanes);
+      Words first = read_values(one + c * 2 * kLanes), second = read_values(other + c * 2 * kLanes);
       Words evens = even_pairs(first, second), odds = odd_pairs(first, second);
       for (int r = 0; r < Rows; r++) {
         even[r][c] = dot(even[r][c], evens, pair[r]);
@@ -271,23 +272,29 @@ void add_pairs(State<Bfloat16>& state, int64_t row, const float* shrink, const u
   for (int r = 0; r < Rows; r++) {
     for (int c = 0; c < Chunks; c++) {
       float* sums = state.weighted + (row + r) * state.width + h + c * 2 * kLanes;
-      store(sums, even[r][c]);
-      store(sums + kLanes, odd[r][c]);
+      auto add = [&](float* to, Floats found) { store(to, load<Floats>(to) * state.shrink[row + r] + found * state.unit[row + r]); };
+      add(sums, floats_of(even[r][c]));
+      add(sums + kLanes, floats_of(odd[r][c]));
     }
   }
 }
 
-template <int Rows>
-void add_values(State<Bfloat16>& state, int64_t row, const float* shrink, const uint16_t* v, int64_t H, int64_t count) {
-  constexpr int kChunks = 8 / Rows;  // accumulators in registers: 16
-  auto whole = [](const void* from) { return load<Words>(from); };
-  int64_t h = 0;
-  for (; h + kChunks * 2 * kLanes <= H; h += kChunks * 2 * kLanes) {
-    add_pairs<Rows, kChunks>(state, row, shrink, v, H, h, count, whole);
+// From element h on as many chunks at a time as registers hold sums of, then fewer.
+template <int Rows, int Chunks, class Page>
+void add_values(State<Page>& state, int64_t row, const typename Page::Stored* v, int64_t H, int64_t h, int64_t count, Ahead& ahead) {
+  constexpr int64_t kStep = Chunks * kElements<Page>;
+  for (; h + kStep <= H; h += kStep) {
+    if constexpr (kPairs<Page>) {
+      add_pairs<Rows, Chunks>(state, row, v, H, h, count, ahead, read<Page>);
+    } else {
+      add_chunks<Rows, Chunks>(state, row, v, H, h, count, ahead);
+    }
   }
-  for (; h + 2 * kLanes <= H; h += 2 * kLanes) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, whole);
-  auto half = [](const void* from) { return load_half<Words>(from); };
-  if (h < H) add_pairs<Rows, 1>(state, row, shrink, v, H, h, count, half);
+  if constexpr (Chunks > 1) {
+    add_values<Rows, Chunks / 2>(state, row, v, H, h, count, ahead);
+  } else if constexpr (kPairs<Page>) {
+    if (h < H) add_pairs<Rows, 1>(state, row, v, H, h, count, ahead, read_half<Page>);
+  }
 }
 
 // `each(rows, row)` for all rows in groups of 8 (where `Most` allows), 4, 2 or 1, `rows` as a constant.
@@ -300,13 +307,40 @@ void by_group(int64_t rows, const Each& each) {
   for (; row < rows; row++) each(std::integral_constant<int, 1>(), row);
 }
 
+// How often the scores of a page's tokens, and the values added, leave time to fetch something.
+int64_t score_steps(int64_t rows, int64_t count) {
+  int64_t steps = 0;
+  by_group<4>(rows, [&](auto group, int64_t) { steps += (count * group + kLanes - 1) / kLanes; });
+  return steps;
+}
+
+template <class Page>
+int64_t add_steps(int64_t rows, int64_t H, int64_t count) {
+  const int64_t most = 16 * kLanes;  // elements of sums in registers, see add_values
+  int64_t steps = 0;
+  by_group<8>(rows, [&](auto group, int64_t) { steps += (count + kPairs<Page>) / (1 + kPairs<Page>) * ((H * group + most - 1) / most); });
+  return steps;
+}
+
 template <class Page>
 void start(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row) {
   std::fill_n(state.weighted, state.rows * state.width, 0.0f);
   for (int64_t r = 0; r < state.rows; r++) {
     const float* from = call.q + call.row(b, k, first_row + r) * call.H;
     auto* to = state.q + r * state.width;
-    for (int64_t h = 0; h < call.H; h++) to[h] = rounded<typename Page::Element>(from[h]);
+    state.scale[r] = call.scale;
+    if constexpr (kWhole<Page>) {
+      float top = 0, all = 0;
+      for (int64_t h = 0; h < call.H; h++) top = std::max(top, std::abs(from[h])), all += from[h];
+      state.scale[r] *= top / 32767 + 0.0f * all;  // NaN, if one of them is
+      const float per_unit = top > 0 ? 32767 / top : 0.0f;
+      for (int64_t h = 0; h < call.H; h++) to[h] = static_cast<int16_t>(std::lrint(from[h] * per_unit));
+    } else {
+      for (int64_t h = 0; h < call.H; h++) {
+        if constexpr (kPairs<Page>) to[h] = to_bfloat16(from[h]);
+        else to[h] = from[h];
+      }
+    }
     std::fill(to + call.H, to + state.width, typename Page::Element{});
   }
 }
@@ -316,37 +350,37 @@ void take_scales(const float* from, int64_t count, int64_t tokens, float* to) {
   std::fill(to + count, to + tokens, 0.0f);
 }
 
-// Entries [start, stop) of a request's block table, all of which hold cached tokens.
+// Entries [start, stop) of a request's block table, all of which hold cached tokens. `after`: the keys that are likely to
+// be read after them.
 template <class Page>
-void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop) {
+void attend(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t first_row, int64_t start, int64_t stop, int64_t after) {
   const int64_t head = call.p * call.H;
-  // Where there is more to compute than a core looks ahead over, memory would wait for it.
-  const bool fetch = state.rows >= 4 || kQuantized<Page>;
+  const auto* stored = static_cast<const typename Page::Stored*>(call.pages);
   for (int64_t m = start; m < stop; m++) {
     const int64_t position = static_cast<int64_t>(call.page_index[b * call.M + m]) * call.p;
     const int64_t count = std::min<int64_t>(call.p, call.context_lens[b] - position);
     if (count <= 0) continue;  // only where page_index does not increase
-    const int64_t page = call.page(b, m);
-    const int64_t k_at = page * 2 * call.K + k, v_at = k_at + call.K;  // among arrays [p, H]
-    const auto* stored = static_cast<const typename Page::Stored*>(call.pages);
+    const int64_t k_at = call.keys(b, m, k), v_at = k_at + call.K, next = m + 1 < stop ? call.keys(b, m + 1, k) : after;
+    const int64_t bytes = head * static_cast<int64_t>(sizeof(*stored));
+    Ahead keys_ahead(stored + next * head, bytes, score_steps(state.rows, count));
+    Ahead values_ahead(stored + (next + call.K) * head, bytes, add_steps<Page>(state.rows, call.H, count));
     if constexpr (kQuantized<Page>) {
       take_scales(call.scales + k_at * call.p, count, state.tokens, state.key_scales);
       take_scales(call.scales + v_at * call.p, count, state.tokens, state.value_scales);
+      Ahead(call.scales + next * call.p, call.p * sizeof(float), 1).some();
+      Ahead(call.scales + (next + call.K) * call.p, call.p * sizeof(float), 1).some();
     }
-
-    const auto *keys = stored + k_at * head, *values = stored + v_at * head;
     by_group<4>(state.rows, [&](auto rows, int64_t row) {
-      const bool last = row + rows == state.rows;
-      score_page<Page, rows>(state, row, keys, call.H, count, fetch && last ? values : nullptr);
+      score_page<Page, rows>(state, row, stored + k_at * head, call.H, count, keys_ahead);
     });
-    const auto* next = m + 1 < stop ? stored + (call.page(b, m + 1) * 2 * call.K + k) * head : nullptr;
-    float shrink[kTaskRows];
     for (int64_t r = 0; r < state.rows; r++) {
-      if (fetch && next) prefetch(next + r * (head / state.rows), head / state.rows * sizeof(*next));
       const int64_t hidden = call.first_visible(b, first_row + r) - position;
-      shrink[r] = weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
+      weigh(call, state, r, count, std::max<int64_t>(hidden, 0));
     }
-    by_group<8>(state.rows, [&](auto rows, int64_t row) { add_values<rows>(state, row, shrink + row, values, call.H, count); });
+    by_group<8>(state.rows, [&](auto rows, int64_t row) {
+      constexpr int kChunks = (kPairs<Page> ? 8 : 16) / std::max<int>(rows, 2);  // sums in registers: 16, or 8 of one row
+      add_values<rows, kChunks>(state, row, stored + v_at * head, call.H, 0, count, values_ahead);
+    });
   }
 }
 
@@ -367,14 +401,14 @@ Span visited(const Call& call, int64_t b) {
   return {std::min(before(first), begun), begun};
 }
 
-// o of row r as it is asked for, from its sums; the even and odd elements of bfloat16 back in their places.
+// o of row r as it is asked for, from its sums; the even and odd elements of pairs back in their places.
 template <class Page>
 void write(const Call& call, const float* weighted, float maximum, float total, int64_t at) {
   float* o = call.o + at * call.H;
   const bool seen = total != 0;  // NaN is not hidden
   const float inverse = seen ? 1.0f / total : 0.0f;
   for (int64_t h = 0; h < call.H; h++) {
-    const int64_t from = !std::is_same_v<Page, Bfloat16> ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
+    const int64_t from = !kPairs<Page> ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
     o[h] = seen ? weighted[from] * inverse : 0.0f;
   }
   call.lse[at] = seen ? maximum + std::log(total) : kNone;
@@ -398,14 +432,23 @@ void run(ffi::ThreadPool& pool, const Call& call) {
   const int64_t record = width + 2;
   std::vector<float> parts(splits > 1 ? whole * splits * tile_rows * record : 0);
 
+  // Task i: of request b, KV head k and rows from first_row on, the entries [start, stop).
+  struct Task {
+    int64_t b, k, first_row, start, stop;
+  };
   auto task = [&](int64_t i) {
-    const int64_t split = i % splits, item = i / splits, b = item / (call.K * tiles), k = item / tiles % call.K;
-    const int64_t first_row = item % tiles * kTaskRows;
-    const Span span = spans[b];
-    const int64_t length = span.stop - span.start;
+    const int64_t split = i % splits, item = i / splits, b = item / (call.K * tiles);
+    const int64_t begin = spans[b].start, length = spans[b].stop - begin;
+    return Task{b, item / tiles % call.K, item % tiles * kTaskRows, begin + length * split / splits, begin + length * (split + 1) / splits};
+  };
+  // `stride`: between the tasks of one thread, if they all take as long.
+  auto work = [&](int64_t i, int64_t stride) {
+    const auto [b, k, first_row, begin, end] = task(i);
+    const Task later = task(std::min(i + stride, whole * splits - 1));
+    const int64_t after = call.M > 0 ? call.keys(later.b, std::min(later.start, call.M - 1), later.k) : 0;
     State<Page> state(std::min(kTaskRows, call.rows() - first_row), call.H, call.p);
     start(call, state, b, k, first_row);
-    attend(call, state, b, k, first_row, span.start + length * split / splits, span.start + length * (split + 1) / splits);
+    attend(call, state, b, k, first_row, begin, end, after);
     for (int64_t r = 0; r < state.rows; r++) {
       const float* weighted = state.weighted + r * state.width;
       if (splits == 1) {
@@ -419,10 +462,11 @@ void run(ffi::ThreadPool& pool, const Call& call) {
     }
   };
   if (bytes < kWorthHelp) {
-    for (int64_t i = 0; i < whole; i++) task(i);
+    for (int64_t i = 0; i < whole; i++) work(i, 1);
     return;
   }
-  parallel(pool, whole * splits, task);
+  const int64_t at_once = threads(pool);
+  parallel(pool, whole * splits, [&](int64_t i) { work(i, at_once); });
   if (splits == 1) return;
   for (int64_t item = 0; item < whole; item++) {
     const int64_t b = item / (call.K * tiles), k = item / tiles % call.K, first_row = item % tiles * kTaskRows;

@@ -24,6 +24,13 @@ inline int64_t own_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// How many threads work at once. The pool may have more than this process has cores: of them, one that waits for a core
+// with a task begun would hold up all others.
+inline int64_t threads(xla::ffi::ThreadPool& pool) {
+  static const int64_t cores = own_cores();
+  return std::min(pool.num_threads(), cores);
+}
+
 // Calls run(i) for i in 0 .. count - 1, each once, from this thread and whichever others of the pool are free.
 //
 // This thread takes part, and waits only for what another has begun: a pool whose threads are all busy, or
@@ -42,10 +49,7 @@ void parallel(xla::ffi::ThreadPool& pool, int64_t count, const Run& run) {
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  // The pool may have more threads than this process has cores: of them, one that waits for a core with a task begun
-  // would hold up all others.
-  static const int64_t cores = own_cores();
-  const int64_t helpers = std::min({pool.num_threads(), cores, count}) - 1;
+  const int64_t helpers = std::min(threads(pool), count) - 1;
   for (int64_t i = 0; i < helpers; i++) pool.Schedule(std::function<void()>(take));
   take();
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < count; spins++) {

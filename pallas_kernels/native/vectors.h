@@ -18,8 +18,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-typedef int8_t SignedBytes __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(32)));
 
 constexpr int kLanes = 16;
 
@@ -30,7 +29,7 @@ inline Vector load(const void* from) {
   return vector;
 }
 
-// The first 32 bytes, then zeros.
+// The first half, then zeros.
 template <class Vector>
 inline Vector load_half(const void* from) {
   Vector vector = {};
@@ -64,7 +63,17 @@ inline Floats dot(Floats sum, Words a, Words b) {
 #endif
 }
 
-// Of two rows of bfloat16, element by element, (first, second) as one word: the even elements, the odd ones.
+// The same for whole numbers of 16 bits.
+inline Ints dot(Ints sum, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  auto upper = [](Words x) { return (Ints)x >> 16; };
+  return sum + upper(a << 16) * upper(b << 16) + upper(a) * upper(b);
+#endif
+}
+
+// Of two rows of 16-bit elements, element by element, (first, second) as one word: the even elements, the odd ones.
 inline Words even_pairs(Words first, Words second) { return (first & 0xffffu) | (second << 16); }
 inline Words odd_pairs(Words first, Words second) { return (first >> 16) | (second & 0xffff0000u); }
 
@@ -77,6 +86,14 @@ inline Halves narrow(Words x) {
 #endif
 }
 
+inline Words widen(Halves x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
 // Rounded to the nearest bfloat16, ties to even, as bits. NaN stays NaN.
 inline uint16_t to_bfloat16(float x) {
   uint32_t bits;
@@ -85,36 +102,74 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The same for 16 numbers that are no NaN.
+// The same for 16 numbers. What comes of NaN is any number.
 inline Halves round_to_bfloat16(Floats x) {
   Words bits = as_words(x);
   return narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// 16 whole numbers of 8 bits.
-inline Floats floats_of(SignedBytes x) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+// Rounded to whole numbers, of numbers from 0 to 32767.
+inline Halves round_to_int16(Floats x) { return narrow((Words)__builtin_convertvector(x + 0.5f, Ints)); }
+
+// 32 whole numbers of 8 bits as numbers of 16 bits, two to a word.
+inline Words int16_of_int8(Bytes x) {
+#if defined(__AVX512BW__)
+  return (Words)_mm512_cvtepi8_epi16((__m256i)x);
 #else
-  return __builtin_convertvector(x, Floats);
+  Words pairs = widen((Halves)x);
+  Words even = (Words)((Ints)(pairs << 24) >> 24), odd = (Words)((Ints)(pairs << 16) >> 24);
+  return (even & 0xffffu) | odd << 16;
 #endif
 }
 
-// 16 numbers of float8 e4m3fn, without its NaN.
-inline Floats floats_of(Bytes x) {
-#if defined(__AVX512F__)
-  Words bits = (Words)_mm512_cvtepu8_epi32((__m128i)x);
-#else
-  Words bits = __builtin_convertvector(x, Words);
+#if defined(__AVX512VBMI__)
+// The lower and the upper bytes of the 128 magnitudes of float8 e4m3fn as bfloat16.
+struct alignas(64) Float8Bytes {
+  uint8_t lower[128] = {}, upper[128] = {};
+  constexpr Float8Bytes() {
+    for (int i = 0; i < 128; i++) {
+      int exponent = i >> 3, mantissa = i & 7;
+      if (exponent == 0 && mantissa > 0) {
+        for (exponent = 1; mantissa < 8; exponent--) mantissa *= 2;
+      }
+      int bits = i == 0 ? 0 : (exponent + 120) << 7 | (mantissa & 7) << 4;
+      lower[i] = bits & 0xff, upper[i] = bits >> 8;
+    }
+  }
+};
+constexpr Float8Bytes kFloat8Bytes;
 #endif
-  // Exponent and mantissa in the places of a float32's, the bias 127 instead of 7. With exponent 0 there is no
-  // leading 1: what stands for 2^-7 (1 + m / 8) is to be 2^-6 m / 8.
-  Floats magnitude = as_floats(((bits & 0x7fu) << 20) + (120u << 23));
-  magnitude = (bits & 0x78u) == 0 ? magnitude + magnitude - 0x1p-6f : magnitude;
-  return as_floats(as_words(magnitude) | (bits & 0x80u) << 24);
+
+// 32 numbers of float8 e4m3fn, without its NaN, as bfloat16, which hold them exactly, two to a word.
+inline Words bfloat16_of_float8(Bytes x) {
+#if defined(__AVX512VBMI__)
+  alignas(64) static constexpr uint8_t twice[64] = {
+      0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15,
+      16, 16, 17, 17, 18, 18, 19, 19, 20, 20, 21, 21, 22, 22, 23, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31};
+  auto from = [](const uint8_t* bytes) { return _mm512_load_si512(bytes); };
+  __m512i index = _mm512_permutexvar_epi8(from(twice), _mm512_castsi256_si512((__m256i)x));
+  __m512i lower = _mm512_permutex2var_epi8(from(kFloat8Bytes.lower), index, from(kFloat8Bytes.lower + 64));
+  __m512i upper = _mm512_permutex2var_epi8(from(kFloat8Bytes.upper), index, from(kFloat8Bytes.upper + 64));
+  __m512i magnitude = _mm512_mask_mov_epi8(lower, 0xaaaaaaaaaaaaaaaa, upper);
+  return (Words)_mm512_or_si512(magnitude, _mm512_and_si512(index, _mm512_set1_epi16(int16_t(0x8000))));
+#else
+  auto bits = [](Words byte) {
+    // Exponent and mantissa in the places of a float32's, the bias 127 instead of 7. With exponent 0 there is no
+    // leading 1: what stands for 2^-7 (1 + m / 8) is to be 2^-6 m / 8.
+    Floats magnitude = as_floats(((byte & 0x7fu) << 20) + (120u << 23));
+    magnitude = (byte & 0x78u) == 0 ? magnitude + magnitude - 0x1p-6f : magnitude;
+    return as_words(magnitude) | (byte & 0x80u) << 24;
+  };
+  Words pairs = widen((Halves)x);
+  return bits(pairs & 0xffu) >> 16 | bits(pairs >> 8);
+#endif
 }
 
+// NaN where b is.
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats floats_of(Floats x) { return x; }
+inline Floats floats_of(Ints x) { return __builtin_convertvector(x, Floats); }
 
 inline float largest(Floats x) {
 #if defined(__AVX512F__)
@@ -124,12 +179,6 @@ inline float largest(Floats x) {
   for (int i = 1; i < kLanes; i++) most = x[i] > most ? x[i] : most;
   return most;
 #endif
-}
-
-inline bool any(Ints x) {
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; i++) bits |= x[i];
-  return bits != 0;
 }
 
 inline float sum(Floats x) {
@@ -143,32 +192,37 @@ inline float sum(Floats x) {
 }
 
 // The sums of 16 vectors.
-inline Floats sums(const Floats* x) {
+template <class Vector>
+inline Vector sums(const Vector* x) {
+  Vector totals;
 #if defined(__AVX512F__)
-  __m512 by2[8], by4[4];
+  Vector by2[8], by4[4];
   for (int i = 0; i < 8; i++) {
     __m512 a = (__m512)x[2 * i], b = (__m512)x[2 * i + 1];
-    by2[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    by2[i] = (Vector)_mm512_unpacklo_ps(a, b) + (Vector)_mm512_unpackhi_ps(a, b);
   }
   for (int i = 0; i < 4; i++) {
-    __m512d a = _mm512_castps_pd(by2[2 * i]), b = _mm512_castps_pd(by2[2 * i + 1]);
-    by4[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    __m512d a = (__m512d)by2[2 * i], b = (__m512d)by2[2 * i + 1];
+    by4[i] = (Vector)_mm512_unpacklo_pd(a, b) + (Vector)_mm512_unpackhi_pd(a, b);
   }
-  auto halve = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  auto halve = [](Vector x, Vector y) {
+    __m512 a = (__m512)x, b = (__m512)y;
+    return (Vector)_mm512_shuffle_f32x4(a, b, 0x88) + (Vector)_mm512_shuffle_f32x4(a, b, 0xdd);
   };
-  return (Floats)halve(halve(by4[0], by4[1]), halve(by4[2], by4[3]));
+  totals = halve(halve(by4[0], by4[1]), halve(by4[2], by4[3]));
 #else
-  Floats totals;
-  for (int i = 0; i < kLanes; i++) totals[i] = sum(x[i]);
-  return totals;
+  for (int i = 0; i < kLanes; i++) {
+    totals[i] = 0;
+    for (int j = 0; j < kLanes; j++) totals[i] += x[i][j];
+  }
 #endif
+  return totals;
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -87.
+// e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN of NaN.
 inline Floats exp_of_negative(Floats x) {
   const Floats lowest = broadcast(-87.0f);
-  Floats clamped = maximum(x, lowest);
+  Floats clamped = maximum(lowest, x);
   // x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to a whole number.
   Floats shifted = clamped * 1.44269504f + 12582912.0f;
   Floats n = shifted - 12582912.0f;

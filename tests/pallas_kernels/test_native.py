@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from paged_cases import attend as attend_on
 from paged_cases import cases, check, expected, make_case, quantized, shapes
 
 from lamina_jax.native_products import with_native_products
-from pallas_kernels import native
+from pallas_kernels import QuantizedPages, native
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +51,34 @@ def test_long_contexts_shared_by_threads(dtype: type, B: int, Q: int, G: int) ->
     check(case, attend(case), tolerance=1e-5 if dtype == np.float32 else 2e-2)
     windowed = make_case(3, B=B, Q=Q, K=2, G=G, H=64, p=16, M=128, contexts=contexts, dtype=dtype, window=700)
     check(windowed, attend(windowed), tolerance=1e-5 if dtype == np.float32 else 2e-2)
+
+
+def test_whole_numbers_for_int8_pages_lose_little() -> None:
+    """Queries and weights become whole numbers of 16 bits: far closer than the pages are to what was stored."""
+    case = make_case(1, B=3, Q=2, K=2, G=5, H=128, p=64, M=9, contexts=[0, 65, 573])
+    check(quantized(case, np.int8), attend(quantized(case, np.int8)), tolerance=2e-4)
+
+
+def test_long_pages_of_int8_do_not_overflow() -> None:
+    case = make_case(1, B=1, Q=1, K=1, G=1, H=16, p=2048, M=1, contexts=[2048])
+    values = np.full_like(case.pages, -128, np.int8)
+    extreme = dataclasses.replace(case, pages=QuantizedPages(values, np.ones(values.shape[:-1], np.float32)))
+    check(extreme, attend(extreme), tolerance=2e-3)
+
+
+def test_every_float8_is_read_exactly() -> None:
+    """256 tokens, each alone with its query, hold one of all magnitudes and signs; NaN are none."""
+    magnitudes = np.arange(256, dtype=np.uint8)
+    magnitudes[[127, 255]] = 0
+    case = make_case(0, B=256, Q=1, K=1, G=1, H=16, p=8, M=1, contexts=[1] * 256, dtype=jnp.bfloat16)
+    values = np.zeros(case.pages.shape, np.uint8)
+    values[case.block_tables[:, 0], :, :, 0] = magnitudes[:, None, None, None]
+    pages = QuantizedPages(values, np.ones(values.shape[:-1], np.float32))
+    o, _ = attend(dataclasses.replace(case, pages=pages))
+    want = np.broadcast_to(
+        magnitudes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None, None, None], o.shape
+    )
+    np.testing.assert_array_equal(o, want)
 
 
 def test_bits_are_those_of_a_bfloat16() -> None:
@@ -129,13 +158,28 @@ def test_tables_of_an_enemy_lead_nowhere(seed: int, dtype: type) -> None:
     jax.block_until_ready(attend(hostile))
 
 
-def test_not_a_number_is_not_hidden() -> None:
-    case = make_case(0, B=2, Q=1, K=2, G=2, H=16, p=8, M=5, contexts=[21, 40])
+@pytest.mark.parametrize("stored", [np.float32, np.int8, np.uint8])
+@pytest.mark.parametrize("context", [1, 21])
+def test_not_a_number_is_not_hidden(stored: type, context: int) -> None:
+    case = make_case(0, B=2, Q=1, K=2, G=2, H=16, p=8, M=5, contexts=[context, 40])
+    case = case if stored == np.float32 else quantized(case, stored)
     q = case.q.copy()
     q[0, 0, 1] = np.nan
     o, _ = attend(dataclasses.replace(case, q=q))
     assert np.isnan(o[0, 0, 1]).all()
     assert not np.isnan(np.delete(np.asarray(o), 1, axis=2)).any()
+
+
+@pytest.mark.parametrize("stored", [np.int8, np.uint8])
+def test_a_scale_that_is_not_a_number_is_not_hidden(stored: type) -> None:
+    case = quantized(make_case(0, B=1, Q=1, K=2, G=2, H=16, p=8, M=5, contexts=[21]), stored)
+    values, scales = case.pages
+    scales = scales.copy()
+    scales[case.block_tables[0, 1], 1, 0, 3] = np.nan  # of a value
+    o, lse = attend(dataclasses.replace(case, pages=QuantizedPages(values, scales)))
+    assert np.isnan(o[0, 0, :2]).all()
+    assert not np.isnan(o[0, 0, 2:]).any()
+    assert not np.isnan(lse).any()
 
 
 def test_products_of_nothing_are_zero() -> None:
