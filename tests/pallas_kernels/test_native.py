@@ -54,7 +54,7 @@ def test_long_contexts_shared_by_threads(dtype: type, B: int, Q: int, G: int) ->
 
 
 def test_whole_numbers_for_int8_pages_lose_little() -> None:
-    """Queries and weights become whole numbers of 16 bits: far closer than the pages are to what was stored."""
+    """Queries and weights become whole numbers of 16 bits: far closer than pages are to what was stored."""
     case = make_case(1, B=3, Q=2, K=2, G=5, H=128, p=64, M=9, contexts=[0, 65, 573])
     check(quantized(case, np.int8), attend(quantized(case, np.int8)), tolerance=2e-4)
 
