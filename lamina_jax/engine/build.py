@@ -97,11 +97,6 @@ def build_engine(
     """
     keep_programs(config.compilation_cache)
     config = placed_by(config, os.environ)
-    if config.coordinator is not None and config.prefill is not None:
-        raise ConfigError(
-            f"prefill={config.prefill}: prefill hosts serve one compute host so far: leave out prefill "
-            "or coordinator"
-        )
     folder = find_model(config.model)
     shape, tokenizer = read_config(folder), load_tokenizer(folder)
     if config.coordinator is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from lamina_jax.engine.taking import Taking
 from lamina_jax.exchange.base import Exchange
 from lamina_jax.exchange.control import WorkerClient, connect
 from lamina_jax.exchange.pull import PullOrder
-from lamina_jax.exchange.remote import RemoteExchange
+from lamina_jax.exchange.remote import RemoteExchange, Worker
 from lamina_jax.exchange.timeline import Timeline
 from lamina_jax.exchange.timings import Timings
 from lamina_jax.exchange.trace import write_trace
@@ -39,7 +39,6 @@ from lamina_jax.exchange.transfer_exchange import (
 )
 from lamina_jax.hosts.member import Member
 from lamina_jax.hosts.messages import Traffic
-from lamina_jax.pool.partition import Partition
 from lamina_jax.pool.shares import HeadShare, host_shares, host_table
 from lamina_jax.pool.spec import WorkerSpec
 
@@ -76,7 +75,8 @@ class RemoteMemory:
         num_kv_heads: int,
         member: Member | None = None,
     ) -> None:
-        self._member, self._group = member, member.group if member else ""
+        self._member = member
+        self._group = member.group if member else _new_group()
         self._write_trace: Callable[[], object] = lambda: None
         self._host, self._hosts = (member.host_id, member.num_hosts) if member else (0, 1)
         addresses = [address.strip() for address in (config.attention or "").split(",")]
@@ -134,43 +134,44 @@ class RemoteMemory:
             timings=self.timings,
         )
         self._exchange = exchange
-        timed = self.timings is not None
-        self._start = partial(
-            Taking,
-            kind=self._config.exchange,
-            device=plan.mesh.local_devices[0],
-            timed=timed,
-            group=self._group,
-        )
-        self._taking = [self._start(*pair) for pair in self._specs]
+        self._device = plan.mesh.local_devices[0]
+        self._taking = [self._take(*pair) for pair in self._specs]
         jobs: list[Job] = [("attention workers", self._attach)]
-        if self._config.prefill is not None:
-            pullers = partial(self._pullers, plan.partition)
+        if self._config.prefill is not None and self._host == 0:
+            pullers = partial(self._pullers, plan)
             self.elsewhere = prefill = RemotePrefill(self._config, plan.limits.max_model_len - 1, pullers)
             jobs.append(("prefill hosts", partial(prefill.connect, self._report)))
         return exchange, jobs
 
-    def _pullers(self, partition: Partition, errand: Errand, ticket: bytes, address: str) -> list[Puller]:
-        """What each worker that holds a part of a request is told."""
-        each = len(self._taking) // partition.workers
-        heads = [spec.geometry.num_kv_heads for _, spec in self._specs[:each]]
-        first_heads = list(accumulate(heads, initial=self._host * sum(heads)))
-        pages = errand.pages[: -(-len(errand.tokens) // partition.page_size)]
+    def _take(self, client: WorkerClient, spec: WorkerSpec) -> Taking:
+        timed = self.timings is not None
+        return Taking(client, spec, self._config.exchange, self._device, timed=timed, group=self._group)
+
+    def _pullers(self, plan: CachePlan, errand: Errand, ticket: bytes, address: str) -> list[Puller]:
+        """What each worker that holds a part of a request is told, for the lease of every compute host."""
+        each = len(self._clients) // plan.partition.workers
+        pages = errand.pages[: -(-len(errand.tokens) // plan.partition.page_size)]
         pullers = []
-        for held in partition.holders(pages):
-            for taking, kv_start in zip(self._taking[held.worker * each :][:each], first_heads, strict=False):
+        for held in plan.partition.holders(pages):
+            for share in self._shares_of_all_hosts(plan):
+                client = self._clients[held.worker * each + share.worker]
                 order = PullOrder(
-                    session_id=taking.lease.session_id,
+                    group=self._group,
                     ticket=ticket,
                     address=address,
                     length=len(errand.tokens),
                     pages=held.pages,
                     first=held.first,
                     stride=held.stride,
-                    kv_start=kv_start,
+                    kv_start=share.kv_start,
                 )
-                pullers.append(Puller(taking.client, order, taking.worker.lose))
+                lose = partial(self._lose, client.address, self._exchange.workers)
+                pullers.append(Puller(client, order, lose))
         return pullers
+
+    def _shares_of_all_hosts(self, plan: CachePlan) -> Iterator[HeadShare]:
+        for host in range(self._hosts):
+            yield from host_shares(plan.table, self.devices, host, self._hosts)
 
     def _specs_of(self, plan: CachePlan) -> list[tuple[WorkerClient, WorkerSpec]]:
         """Each lease's worker, and what it is asked for."""
@@ -186,6 +187,7 @@ class RemoteMemory:
         """What a worker is asked for."""
         return WorkerSpec(
             geometry=share.of(plan.geometry),
+            kv_start=share.kv_start,
             first_device=share.first_device,
             devices=share.devices,
             windows=tuple(plan.windows),
@@ -240,13 +242,15 @@ class RemoteMemory:
             self._exchange.close()
             for taking in self._taking:
                 taking.release()
-            self._taking = [self._start(*pair) for pair in self._specs]
+            # A lease of before may still be ending there: it is not to be taken for one of these.
+            self._group = _new_group()
+            self._taking = [self._take(*pair) for pair in self._specs]
         until = time.monotonic() + TRY_SECONDS
         for taking in self._taking:
             taking.join(max(0.0, until - time.monotonic()))
         for i, taking in enumerate(self._taking):
             if taking.error is not None:
-                self._taking[i] = self._start(*self._specs[i])  # for the next try
+                self._taking[i] = self._take(*self._specs[i])  # for the next try
                 raise WorkerLost(taking.client.address, taking.error.reason)
         if any(taking.is_alive() for taking in self._taking):
             return False
@@ -284,12 +288,19 @@ class RemoteMemory:
                 raise taking.error
         self._exchange.attach([taking.worker for taking in self._taking])
         for taking in self._taking:
-            taking.lease.on_lost(taking.worker.lose)
-            taking.lease.on_lost(partial(self._lost, taking.client.address))
+            taking.lease.on_lost(partial(self._lose, taking.client.address, [taking.worker]))
 
-    def _lost(self, address: str, reason: str) -> None:
+    def _lose(self, address: str, workers: Sequence[Worker], reason: str) -> None:
+        """The worker at an address is lost; `workers` are those that this host exchanges with."""
+        for worker in workers:
+            if worker.address == address:
+                worker.lose(reason)
         if self._member is not None:
             self._member.lost(f"attention worker {address}: {reason}")
+
+
+def _new_group() -> str:
+    return secrets.token_hex(16)
 
 
 def _devices_each(most: int, workers: int, num_kv_heads: int) -> int:

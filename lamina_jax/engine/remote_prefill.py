@@ -23,7 +23,7 @@ from lamina_jax.engine.errands import Errand
 from lamina_jax.exchange.control import WorkerClient
 from lamina_jax.exchange.peers import Report, trouble, wait_for_all
 from lamina_jax.exchange.prefill import PrefillError, PrefillHost, RemotePrompt
-from lamina_jax.exchange.pull import TICKET_BYTES, DropOrder, PullOrder, decode_pulled
+from lamina_jax.exchange.pull import TICKET_BYTES, PullOrder, decode_pulled, drop_of
 from lamina_jax.models.hf_config import read_config
 from lamina_jax.pool.geometry import geometry_of
 from lamina_jax.weights.fingerprint import fingerprint
@@ -293,7 +293,7 @@ def _end_pulls(pullers: Sequence[Puller], calls: Sequence[Any]) -> None:
     """Returns when no worker writes any more. One that cannot be asked counts as lost, with its cache."""
     until = time.monotonic() + DROP_SECONDS
     drops = [
-        puller.client.future("Drop", DropOrder(puller.order.session_id, puller.order.ticket), DROP_SECONDS)
+        puller.client.future("Drop", drop_of(puller.order), DROP_SECONDS)
         for puller, call in zip(pullers, calls, strict=True)
         if not call.done()
     ]

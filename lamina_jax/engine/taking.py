@@ -27,7 +27,7 @@ class Taking(threading.Thread):
         kind: `EngineConfig.exchange`.
         device: of this side's device arrays, where `kind` is "jax".
         timed: whether the worker's clock is set beside ours.
-        group: of the leases of all compute hosts, "" where there is one host.
+        group: of the leases of all compute hosts.
 
     Attributes:
         lease, worker: what came of it, unless there is an `error`.

@@ -112,7 +112,7 @@ def _check_spec(spec: WorkerSpec) -> None:
         if name.endswith("dtype"):
             _check(value in (KV_BYTES if name == "dtype" else ("float32", "bfloat16")), name, value)
         elif type(value) is int:
-            _check((name != "first_device") <= value < 1 << 32, name, value)
+            _check((name not in ("first_device", "kv_start")) <= value < 1 << 32, name, value)
     for name in ("windows", "scales", "softcaps"):
         _check(len(getattr(spec, name)) == g.num_layers <= _MOST_LAYERS, name, getattr(spec, name))
     _check(all(0 < window < 1 << 31 for window in spec.windows), "windows", spec.windows)

@@ -35,16 +35,16 @@ class PullOrder(Struct, frozen=True, kw_only=True):
     """An engine's word to a worker on the KV of one prompt.
 
     Attributes:
-        session_id: of the engine's lease on the worker.
+        group: of the leases that the engine's compute hosts have on the worker.
         ticket: of the prompt.
         address: "host:port" of the prefill host's data listener.
         length: tokens of the prompt that are prefilled there.
         pages: the worker's own pages that keep what it holds of them, in order of position.
         first, stride: the places in the request of the first of `pages`, and between one and the next.
-        kv_start: the worker's first KV head among the model's.
+        kv_start: the first KV head, among the model's, of the lease whose pages these are.
     """
 
-    session_id: bytes
+    group: str
     ticket: bytes
     address: str
     length: int
@@ -61,10 +61,16 @@ class Pulled(Struct, frozen=True):
 
 
 class DropOrder(Struct, frozen=True):
-    """Pull no more for a ticket; answered when nothing is written for it any more."""
+    """Undo a PullOrder, by what names it; answered when nothing is written for it any more."""
 
-    session_id: bytes
+    group: str
+    kv_start: int
     ticket: bytes
+
+
+def drop_of(order: PullOrder) -> DropOrder:
+    """What undoes an order."""
+    return DropOrder(order.group, order.kv_start, order.ticket)
 
 
 encode = msgspec.msgpack.encode
@@ -77,6 +83,7 @@ def decode_order(data: bytes) -> PullOrder:
     """Raises `ConfigError` for what no engine sends; the text names the field."""
     order = _decoded(_ORDER, data)
     host_and_port("address", order.address)
+    _check(bool(order.group), "group", order.group)
     _check(len(order.ticket) == TICKET_BYTES, "ticket", order.ticket)
     _check(0 < order.length < 1 << 31, "length", order.length)
     _check(bool(order.pages), "pages", order.pages)

@@ -25,7 +25,6 @@ _OF_ONE_HOST = {
     "compilation_cache",
     "cpu_kernels",
     "max_waiting",
-    "prefill",
     "prefill_stall_ms",
     "num_pages",  # host 0 says how many
     "security",

@@ -17,6 +17,7 @@ class HeadShare:
         worker: which worker of a part of the cache.
         first_device, devices: of the worker's devices, those in a row that hold these heads.
         pieces: of the host's own table.
+        kv_start: the first KV head, among the model's.
         num_heads, num_kv_heads: over all of these devices.
     """
 
@@ -24,6 +25,7 @@ class HeadShare:
     first_device: int
     devices: int
     pieces: range
+    kv_start: int
     num_heads: int
     num_kv_heads: int
 
@@ -88,6 +90,7 @@ def _share(worker: int, devices: int, numbered: list[tuple[int, Piece]]) -> Head
         first_device=held[0] - worker * devices,
         devices=len(set(held)),
         pieces=range(numbered[0][0], numbered[-1][0] + 1),
+        kv_start=pieces[0].kv_start,
         num_heads=pieces[-1].q_stop - pieces[0].q_start,
         num_kv_heads=pieces[-1].kv_stop - pieces[0].kv_start,
     )

@@ -30,6 +30,7 @@ class WorkerSpec:
 
     Attributes:
         geometry: of this worker's share, over all of its devices.
+        kv_start: the first of its KV heads, among the model's.
         first_device, devices: on how many devices of the worker in a row it lies, cut by KV head.
         windows, scales, softcaps: of each layer's attention.
         buckets: (B, Q, cached): rows and new tokens of a microbatch as they come to this worker, and
@@ -55,5 +56,6 @@ class WorkerSpec:
     copies: int
     by_token: bool
     pulls: bool = False
+    kv_start: int = 0
     first_device: int = 0
     transfer: TransferSpec | None = None

@@ -23,6 +23,7 @@ from lamina_jax.exchange.control_messages import LeaseEvent, Progress, Ready
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, ProtocolError
 from lamina_jax.exchange.pull import PullOrder
 from lamina_jax.pool.geometry import CacheGeometry
+from lamina_jax.pool.spec import WorkerSpec
 from lamina_jax.worker.pull import Dial, Pulls
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class Lease:
 
     Attributes:
         session_id: what a data stream must show.
-        pages, page_bytes: KV pages that it asks for, and what all of them fill.
+        spec: what it asks for.
+        page_bytes: what all of its pages fill.
         group: of the engines that share the worker with this one.
         pulls: of KV from prefill hosts, which end with it.
         reason: why it is over.
@@ -71,15 +73,14 @@ class Lease:
         self,
         engine: str,
         make_session: Callable[[], Session],
-        geometry: CacheGeometry,
+        spec: WorkerSpec,
         traffic: Traffic,
         group: str = "",
     ) -> None:
-        self.engine, self.group, self.reason = engine, group, ""
+        self.engine, self.spec, self.group, self.reason = engine, spec, group, ""
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self.over, self.pulls = threading.Event(), Pulls()
-        self.pages = geometry.num_pages
-        self.page_bytes = geometry.num_pages * geometry.bytes_per_page
+        self.page_bytes = spec.geometry.num_pages * spec.geometry.bytes_per_page
         self._make_session, self._traffic = make_session, traffic
         self._session: Session | None = None
         self._events: queue.SimpleQueue[LeaseEvent | None] = queue.SimpleQueue()
@@ -113,7 +114,7 @@ class Lease:
             session.hold()
             self._session, address = session, session.transfer_address
             del session
-            self._events.put(Ready(self.session_id, self.pages, address))
+            self._events.put(Ready(self.session_id, self.spec.geometry.num_pages, address))
             self.over.wait()
         except _Over:
             pass

@@ -53,7 +53,7 @@ class Leases:
             filled = sum(lease.page_bytes for lease in self.held)
             if filled + wanted.num_pages * wanted.bytes_per_page > memory_bytes:
                 raise ConfigError(_no_room(wanted, filled, memory_bytes))
-            lease = Lease(engine, lambda: self._make_session(spec), wanted, self.traffic, group)
+            lease = Lease(engine, lambda: self._make_session(spec), spec, self.traffic, group)
             self.held += (lease,)
         threading.Thread(target=self._run, args=(lease,), name="lease", daemon=True).start()
         return lease
@@ -85,6 +85,18 @@ class Leases:
             if hmac.compare_digest(lease.session_id, session_id):
                 return lease
         raise Refused("no lease has this session id")
+
+    def holding(self, group: str, kv_start: int) -> Lease:
+        """The lease of a group that has the KV heads from `kv_start` on.
+
+        Raises:
+            Refused: there is none.
+        """
+        for lease in self.held:
+            its_group = hmac.compare_digest(lease.group.encode(), group.encode())
+            if group and its_group and lease.spec.kv_start == kv_start and not lease.over.is_set():
+                return lease
+        raise Refused(f"no lease of this group has the KV heads from {kv_start} on")
 
     def drain(self, seconds: float) -> None:
         """Give out no more leases, and wait for the engine that has one to leave; then end its lease."""

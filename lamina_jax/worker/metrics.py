@@ -26,7 +26,8 @@ class WorkerMetrics(Collector):
         held, traffic = self._leases.held, self._leases.traffic
         yield _gauge("lease_held", "Whether an engine has the worker.", bool(held))
         yield _gauge("memory_free_bytes", "Free memory of its devices.", self._unused_memory())
-        yield _gauge("pages", "KV pages that it holds for the engine.", held[0].pages if held else 0)
+        pages = held[0].spec.geometry.num_pages if held else 0  # of all leases as many
+        yield _gauge("pages", "KV pages that it holds for the engine.", pages)
         for unit in ("frames", "bytes"):
             text = f"{unit.capitalize()} of the data stream since the worker started, headers included."
             counter = CounterMetricFamily(f"lamina_worker_{unit}", text, labels=["direction"])

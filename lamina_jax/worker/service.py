@@ -92,7 +92,7 @@ class PoolService:
     def pull(self, data: bytes, context: grpc.ServicerContext) -> Pulled:
         try:
             order = decode_order(data)
-            pulled = self._leases.find(order.session_id).pull(order, self._dial)
+            pulled = self._leases.holding(order.group, order.kv_start).pull(order, self._dial)
         except (ConfigError, Refused, ProtocolError, ChannelClosed) as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return Pulled(pulled)
@@ -100,7 +100,7 @@ class PoolService:
     def drop(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             order = decode_drop(data)
-            self._leases.find(order.session_id).pulls.drop(order.ticket)
+            self._leases.holding(order.group, order.kv_start).pulls.drop(order.ticket)
         except (ConfigError, Refused) as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return b""

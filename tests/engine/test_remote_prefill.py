@@ -6,19 +6,23 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import TINY, save_random
 
 from lamina_jax import LLM, SamplingParams
-from lamina_jax.config import ConfigError, EngineConfig
+from lamina_jax.config import AttendConfig, ConfigError, EngineConfig, SecurityConfig
+from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.prefill.prefiller import Prefiller
 from lamina_jax.prefill.prompts import Prompt
 from lamina_jax.prefill.server import PrefillServer
+from lamina_jax.worker.server import WorkerServer
+from lamina_jax.worker.session import Session
 
 MODEL = dataclasses.replace(TINY, num_layers=2, num_kv_heads=2)
 SETTINGS: dict[str, Any] = {
@@ -81,12 +85,11 @@ def start_host(checkpoint: str) -> Iterator[Callable[..., str]]:
 
 
 CASES = [
-    ("auto", partition, count)
-    for partition, count in itertools.product(("heads", "requests", "tokens"), (1, 2))
-] + [("int8", "heads", 1), ("fp8", "heads", 2)]
+    ("auto", *case) for case in itertools.product(("heads", "requests", "tokens"), (1, 2), ("auto", "jax"))
+] + [("int8", "heads", 1, "auto"), ("fp8", "heads", 2, "auto")]
 
 
-@pytest.mark.parametrize(("dtype", "partition", "count"), CASES)
+@pytest.mark.parametrize(("dtype", "partition", "count", "exchange"), CASES)
 def test_every_partition_gives_the_collocated_tokens(
     checkpoint: str,
     expected: dict[str, list[list[int]]],
@@ -95,12 +98,14 @@ def test_every_partition_gives_the_collocated_tokens(
     dtype: Any,
     partition: Any,
     count: int,
+    exchange: Any,
 ) -> None:
-    host = start_host(kv_dtype=dtype)
+    host = start_host(kv_dtype=dtype, compute_devices="cpu:4")
     with LLM(
         checkpoint,
-        attention=workers(count),
+        attention=workers(count, apart=exchange == "jax"),
         partition=partition,
+        exchange=exchange,
         prefill=host,
         kv_dtype=dtype,
         **SETTINGS,
@@ -111,6 +116,67 @@ def test_every_partition_gives_the_collocated_tokens(
         assert stats["prefill_retries"] == stats["prefill_fallbacks"] == 0
         assert stats["compilations_after_ready"] == 0
         assert stats["pages_free"] == stats["pages_total"]
+
+
+def arrays(pages: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for layer in pages for leaf in jax.tree.leaves(layer)]
+
+
+def by_position(arrays: Sequence[np.ndarray], pages: Sequence[int], length: int) -> list[np.ndarray]:
+    """Of each array [P, 2, K, p, ...] what a request keeps in its pages: [length, 2, K, ...]."""
+    return [np.concatenate(np.moveaxis(array[list(pages)], 3, 1))[:length] for array in arrays]
+
+
+def pages_of(llm: LLM, prompt: list[int]) -> list[int]:
+    """Those that the engine gave the prompt, which has been answered."""
+    given: list[int] = []
+    pool = llm.engine.scheduler.pages
+    allocate = pool.allocate
+
+    def spy(owners: Sequence[int]) -> list[int]:
+        pages = allocate(owners)
+        given.extend(pages)
+        return pages
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "allocate", spy)
+        llm.generate([prompt], dataclasses.replace(GREEDY, max_tokens=1))
+    return given
+
+
+def test_the_pages_hold_what_the_collocated_model_keeps(
+    checkpoint: str, start_host: Callable[..., str]
+) -> None:
+    """Bit for bit, by token over two workers: what differs with quantised pages is computed after that."""
+    prompt = np.random.default_rng(2).integers(0, TINY.vocab_size, size=142).tolist()
+    kept, settings = len(prompt) - 1, SETTINGS | {"kv_dtype": "int8"}
+    collocated = LLM(checkpoint, placement="collocated", **settings)
+    pages, runner = pages_of(collocated, prompt), collocated.engine.runner
+    assert isinstance(runner, CollocatedRunner)
+    expected = by_position(arrays(runner.pages), pages, kept)
+
+    with ExitStack() as stack:
+        servers = []
+        for _ in range(2):
+            config = AttendConfig(listen="127.0.0.1:0", devices="cpu:1-1")
+            server = stack.enter_context(closing(WorkerServer(config, SecurityConfig(), Session)))
+            server.start()
+            servers.append(server)
+        llm = LLM(
+            checkpoint,
+            attention=",".join(f"127.0.0.1:{server.port}" for server in servers),
+            partition="tokens",
+            prefill=start_host(kv_dtype="int8"),
+            **settings,
+        )
+        with llm:
+            pages = pages_of(llm, prompt)
+            assert llm.stats()["prefill_prompts"] == 1
+            held: list[Any] = [server.leases.held[0]._session for server in servers]
+            found = [arrays(session._shards[0].pages) for session in held]
+            both = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+            for ours, theirs in zip(by_position(both, pages, kept), expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
 
 
 PROMPTS = [np.random.default_rng(i).integers(0, TINY.vocab_size, size=60).tolist() for i in range(6)]

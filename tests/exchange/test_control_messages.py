@@ -52,6 +52,7 @@ def fields(draw: st.DrawFn) -> tuple[dict, dict]:
         "pieces": draw(COUNT),
         "copies": draw(COUNT),
         "by_token": draw(st.booleans()),
+        "kv_start": draw(st.integers(0, 64)),
         "first_device": draw(st.integers(0, 64)),
     }
     return spec, geometry
@@ -76,6 +77,7 @@ def test_a_spec_survives_the_wire(drawn: tuple[dict, dict]) -> None:
         (replace(SPEC, devices=3), "devices=3"),
         (replace(SPEC, pieces=0), "pieces=0"),
         (replace(SPEC, first_device=-1), "first_device=-1"),
+        (replace(SPEC, kv_start=-1), "kv_start=-1"),
         (replace(SPEC, windows=(0, 16)), r"windows=\(0, 16\)"),
         (replace(SPEC, softcaps=(None,)), r"softcaps=\(None,\)"),
         (replace(SPEC, buckets=((0, 1, True),)), r"buckets=\(0, 1\)"),

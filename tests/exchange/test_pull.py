@@ -37,7 +37,7 @@ TICKET = bytes(range(TICKET_BYTES))
 
 def order(**changes: object) -> PullOrder:
     fields = {
-        "session_id": b"s" * 16,
+        "group": "ours",
         "ticket": TICKET,
         "address": "127.0.0.1:1",
         "length": 10,
@@ -87,7 +87,8 @@ def test_pages_that_the_worker_does_not_have_are_refused(pages: list[int]) -> No
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ticket": b"x"}, {"length": 0}, {"pages": []}, {"first": -1}, {"address": "nowhere"}]
+    "changes",
+    [{"group": ""}, {"ticket": b"x"}, {"length": 0}, {"pages": []}, {"first": -1}, {"address": "nowhere"}],
 )
 def test_orders_of_no_engine_are_refused(changes: dict[str, object]) -> None:
     (name,) = changes

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
-import threading
 
 import pytest
-from real_processes import MARGIN_SECONDS, SETTINGS, Process, ServeProcess, Start, WorkerProcess, flags
+from prefill_process import LONG_PROMPT, PrefillProcess, Traffic
+from real_processes import MARGIN_SECONDS, ServeProcess, Start, WorkerProcess
 from worker_talk import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
 
-HOST_SETTINGS = {name: value for name, value in SETTINGS.items() if name not in ("overlap", "microbatches")}
-LONG_PROMPT = [(7 * i) % 90 for i in range(120)]
 TOKENS = 12
-
-
-class PrefillProcess(Process):
-    """A prefill host on `port` of 127.0.0.1; 0 takes any."""
-
-    def __init__(self, checkpoint: str, port: int = 0) -> None:
-        command = (sys.executable, "-m", "lamina_jax.serve", checkpoint, *flags(HOST_SETTINGS))
-        super().__init__(*command, "--role", "prefill", "--listen", f"127.0.0.1:{port}")
-
-    @property
-    def address(self) -> str:
-        port = self.find(r"listening on .* \(port (\d+), data port")[1]
-        return f"127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -45,34 +29,11 @@ def server(run: Start, checkpoint: str, workers: list[WorkerProcess], host: Pref
     return started
 
 
-class Traffic:
-    """Prompts one after the other, in two threads, until it is over; what became of each."""
-
-    def __init__(self, server: ServeProcess, count: int) -> None:
-        self.answers: list[list[int] | str] = []
-        self._server, self._count = server, count
-        self.threads = [threading.Thread(target=self._run) for _ in range(2)]
-        for thread in self.threads:
-            thread.start()
-
-    def _run(self) -> None:
-        for _ in range(self._count):
-            answer = self._server.http.post(
-                "/v1/completions", json=self._server.body(TOKENS, prompt=LONG_PROMPT)
-            ).json()
-            tokens = answer["choices"][0]["token_ids"] if "choices" in answer else answer["error"]["code"]
-            self.answers.append(tokens)
-
-    def join(self) -> None:
-        for thread in self.threads:
-            thread.join(120)
-
-
 def test_a_prefill_host_that_is_killed_costs_no_token(server: ServeProcess, host: PrefillProcess) -> None:
     """In the middle of its prompts; and the host before that has served the same."""
     expected = server.complete(TOKENS, prompt=LONG_PROMPT)
     assert server.stats()["prefill_prompts"] == 1
-    traffic = Traffic(server, 8)
+    traffic = Traffic(server, 8, TOKENS)
     assert until(lambda: len(traffic.answers) >= 3, 60)
     host.send(signal.SIGKILL)
     traffic.join()
@@ -103,7 +64,7 @@ def test_a_worker_that_is_killed_while_it_pulls(
 ) -> None:
     """What ran ends as it does without prefill hosts; the worker that comes back is used."""
     expected = server.complete(TOKENS, prompt=LONG_PROMPT)
-    traffic = Traffic(server, 6)
+    traffic = Traffic(server, 6, TOKENS)
     assert until(lambda: len(traffic.answers) >= 2, 60)
     workers[1].close()
     run(WorkerProcess, "127.0.0.1", workers[1].port).wait_listening()

@@ -60,6 +60,8 @@ def test_the_pages_of_all_hosts_are_the_cache(
     shares = [share for host in range(hosts) for share in host_shares(table, devices, host, hosts)]
     assert sum(share.of(GEOMETRY).bytes_per_page for share in shares) == GEOMETRY.bytes_per_page
     assert sum(share.num_heads for share in shares) == GEOMETRY.num_heads
+    heads = [head for share in shares for head in range(share.kv_start, share.kv_start + share.num_kv_heads)]
+    assert heads == list(range(GEOMETRY.num_kv_heads))
 
 
 def test_hosts_that_do_not_divide_the_kv_heads_are_refused() -> None:
