@@ -101,9 +101,9 @@ class Service:
     def require_ready(self) -> dict[str, Any]:
         """What is known of the engine. Raises `ApiError` (503) while it takes no calls.
 
-        It takes them while a worker is lost: they wait.
+        It takes them while a worker is lost, or the engine silent: they wait.
         """
-        if self.facts is None or self.phase not in ("ready", "worker_lost"):
+        if self.facts is None or self.phase not in ("ready", "worker_lost", "engine_silent"):
             why = "/ready tells when" if self.error is None else self.error
             message = f"not ready: {self.phase} after {self.elapsed_seconds:.0f} s; {why}"
             raise ApiError(503, message, code="not_ready", headers=RETRY_AFTER)

@@ -166,7 +166,7 @@ def test_an_engine_that_is_silent_is_not_ready_until_it_is_heard_again(
     assert silent.json()["phase"] == "engine_silent"
     assert silent.json()["silent_s"] >= 0.3
     assert client.get("/health").status_code == 200
-    assert client.get("/v1/models").json()["error"]["code"] == "not_ready"
+    assert client.get("/v1/models").status_code == 200, "calls wait for it"
     monkeypatch.undo()
     service.take(Alive())
     assert client.get("/ready").status_code == 200
