@@ -12,8 +12,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
+from lamina_jax.slicing.trace import bind, evaluate, trace
 from pallas_kernels.native import matmul
 
 MOST_ROWS = 32
@@ -27,28 +28,15 @@ def with_native_products(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function for one CPU device, its products of few rows by the native kernel."""
 
     def rewritten(*args: Any) -> Any:
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, jax.tree.leaves(args)))
+        program = trace(function, args)
+        leaves = dict(enumerate(jax.tree.leaves(args)))
+        return jax.tree.unflatten(program.out_tree, evaluate(program.ops, leaves, program.outputs, _bind))
 
     return rewritten
 
 
-def _evaluate(closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
-    jaxpr = closed.jaxpr
-    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
-    for eqn in jaxpr.eqns:
-        operands = [_value(known, atom) for atom in eqn.invars]
-        with eqn.ctx.manager:
-            if _is_native(eqn):
-                out = matmul(*operands)
-            else:
-                out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else (out,), strict=True))
-    return [_value(known, atom) for atom in jaxpr.outvars]
-
-
-def _value(known: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if isinstance(atom, Literal) else known[atom]
+def _bind(eqn: JaxprEqn, operands: list[Any]) -> Any:
+    return matmul(*operands) if _is_native(eqn) else bind(eqn, operands)
 
 
 def _is_native(eqn: JaxprEqn) -> bool:

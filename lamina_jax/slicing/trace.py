@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lamina_jax.slicing.operators import Atom, Const, Op, flatten
 
@@ -111,15 +112,28 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:
     return dataclasses.replace(folded, ops=tuple(folded.ops[i] for i in live))
 
 
-def evaluate(ops: Sequence[Op], known: Mapping[int, Any], wanted: Sequence[Atom]) -> tuple[jax.Array, ...]:
-    """The `wanted` values, computed by `ops` one after the other from the `known` ones. Traceable."""
+def bind(eqn: JaxprEqn, operands: list[Any]) -> Any:
+    """What an operator gives for its operands."""
+    return eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+
+
+def evaluate(
+    ops: Sequence[Op],
+    known: Mapping[int, Any],
+    wanted: Sequence[Atom],
+    bind: Callable[[JaxprEqn, list[Any]], Any] = bind,
+) -> tuple[jax.Array, ...]:
+    """The `wanted` values, computed by `ops` one after the other from the `known` ones. Traceable.
+
+    Args:
+        bind: runs an operator; another one than `bind` may put something else in its place.
+    """
     env = dict(known)
     for op in ops:
-        eqn = op.eqn
         operands = [atom.value if isinstance(atom, Const) else env[atom] for atom in op.reads]
-        with eqn.ctx.manager:
-            out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        env.update(zip(op.writes, out if eqn.primitive.multiple_results else (out,), strict=True))
+        with op.eqn.ctx.manager:
+            out = bind(op.eqn, operands)
+        env.update(zip(op.writes, out if op.eqn.primitive.multiple_results else (out,), strict=True))
     return tuple(
         jnp.asarray(atom.value, atom.aval.dtype) if isinstance(atom, Const) else env[atom] for atom in wanted
     )
