@@ -61,7 +61,14 @@ class LLM:
         requests = deque(self._requests(_as_list(prompts), sampling_params))
         for request in requests:
             self.engine.check(request)
-        outputs = {request.request_id: _nothing_yet(request) for request in requests}
+        outputs = {
+            request.request_id: RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=list(request.prompt_token_ids),
+            )
+            for request in requests
+        }
         unfinished = len(outputs)
         try:
             while unfinished:
@@ -159,14 +166,6 @@ class LLM:
             self.engine.request(f"generate-{next(self._numbers)}", prompt, params)
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
-
-
-def _nothing_yet(request: Request) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        prompt_token_ids=list(request.prompt_token_ids),
-    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

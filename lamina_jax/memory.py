@@ -23,7 +23,12 @@ def memory_size(device: jax.Device) -> int:
     Raises:
         ConfigError: it cannot be told.
     """
-    return host_memory() if device.platform == "cpu" else _device_memory(device)
+    if device.platform == "cpu":
+        return host_memory()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError(f"{device} does not say how much memory it has: set num_pages")
+    return int(stats["bytes_limit"])
 
 
 def default_fraction(devices: Sequence[jax.Device]) -> float:
@@ -38,14 +43,13 @@ def available_memory(devices: Sequence[jax.Device]) -> int:
     Raises:
         ConfigError: it cannot be told.
     """
-    return host_memory() if devices[0].platform == "cpu" else sum(map(_device_memory, devices))
+    return sum(memory_size(device) for device in {memory_name(each): each for each in devices}.values())
 
 
 def unused_memory(devices: Sequence[jax.Device]) -> int:
     """Bytes that are free now, over all devices."""
-    if devices[0].platform == "cpu":
-        return host_memory()
-    return sum(_device_memory(device) - (device.memory_stats() or {})["bytes_in_use"] for device in devices)
+    used = (device.memory_stats() for device in devices if device.platform != "cpu")
+    return available_memory(devices) - sum(stats["bytes_in_use"] for stats in used if stats)
 
 
 def host_memory() -> int:
@@ -56,10 +60,3 @@ def host_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         raise ConfigError("cannot tell how much memory this machine has: set num_pages") from None
-
-
-def _device_memory(device: jax.Device) -> int:
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise ConfigError(f"{device} does not say how much memory it has: set num_pages")
-    return int(stats["bytes_limit"])

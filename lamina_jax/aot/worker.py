@@ -15,12 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamina_jax.aot.cases import Case
-
-if TYPE_CHECKING:
-    from lamina_jax.aot.measure import Kernels
+from lamina_jax.aot.measure import Kernels, collectives, memory_of, registers, vmem
 
 PACKAGES = {
     "tpu": ("libtpu",),
@@ -82,7 +80,6 @@ def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> Iter
         layer in the middle.
     """
     from lamina_jax.aot.devices import Topology
-    from lamina_jax.aot.measure import collectives
     from lamina_jax.aot.sides import SIDES
     from lamina_jax.aot.step import Step
     from lamina_jax.memory import ACCELERATOR_FRACTION
@@ -110,8 +107,6 @@ def measure(question: dict[str, Any], kernels: Callable[[str], Kernels]) -> Iter
 
 
 def _compiled(name: str, job: Callable[[], Any], kernels: Callable[[str], Kernels]) -> dict[str, Any]:
-    from lamina_jax.aot.measure import collectives, memory_of
-
     started = time.monotonic()
     compiled = job()
     seconds, hlo = time.monotonic() - started, compiled.as_text()
@@ -125,8 +120,6 @@ def _compiled(name: str, job: Callable[[], Any], kernels: Callable[[str], Kernel
 
 
 def _kernels(platform: str, hlo: str, dump: Path) -> Kernels:
-    from lamina_jax.aot.measure import registers, vmem
-
     if platform == "tpu":
         return vmem(hlo)
     found = registers(dump.glob("*.ptx"), ptxas())

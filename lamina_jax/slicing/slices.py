@@ -20,7 +20,7 @@ from lamina_jax.slicing.draw import mermaid
 from lamina_jax.slicing.explain import table
 from lamina_jax.slicing.operators import Atom, Const
 from lamina_jax.slicing.stages import Attention, Port, Slice, StageFn, build_stage
-from lamina_jax.slicing.trace import Program, struct, trace
+from lamina_jax.slicing.trace import Program, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def _assemble(fn: Callable[..., Any], program: Program, cut: Cut) -> Sliced:
         sources = {**arguments, **carried, output: Port("attention")}
     results = [(Port("result", j), atom) for j, atom in enumerate(program.outputs)]
     last = build_stage(program, sources, results, functions)
-    carried_structs = (tuple(struct(program.avals[value]) for value in values) for values in cut.carried)
+    carried_structs = (tuple(map(program.struct, values)) for values in cut.carried)
     return Sliced((*slices, Slice((last,), last)), attentions, tuple(carried_structs), cut, fn, program)
 
 
@@ -162,15 +162,12 @@ def _attention(program: Program, i: int) -> Attention:
     def port(kind: str, atom: Atom) -> Port:
         return Port("argument", atom) if isinstance(atom, int) and atom < program.num_args else Port(kind)
 
-    def shape_of(atom: Atom) -> jax.ShapeDtypeStruct:
-        return struct(atom.aval if isinstance(atom, Const) else program.avals[atom])
-
     window = operands.window
     return Attention(
-        q=shape_of(operands.q),
-        k=shape_of(operands.k),
-        v=shape_of(operands.v),
-        o=shape_of(op.writes[0]),
+        q=program.struct(operands.q),
+        k=program.struct(operands.k),
+        v=program.struct(operands.v),
+        o=program.struct(op.writes[0]),
         scale=op.eqn.params["scale"],
         softcap=op.eqn.params["softcap"],
         window=int(np.asarray(window.value)) if isinstance(window, Const) else port("window", window),

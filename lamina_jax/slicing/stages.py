@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from lamina_jax.slicing.operators import Atom, Const, canonical
-from lamina_jax.slicing.trace import Program, evaluate, struct
+from lamina_jax.slicing.trace import Program, evaluate
 
 StageFn = Callable[..., tuple[jax.Array, ...]]
 
@@ -119,7 +119,7 @@ def build_stage(
     read = [atom for op in ops for atom in op.reads] + list(wanted)
     used = [atom for atom in dict.fromkeys(read) if not isinstance(atom, Const) and atom in sources]
     inputs = tuple(sources[value] for value in used)
-    in_avals = tuple(struct(program.avals[value]) for value in used)
+    in_avals = tuple(program.struct(value) for value in used)
     any_leaf = tuple(Port("argument") if port.kind == "argument" else port for port in inputs)
     ports = (any_leaf, tuple(port for port, _ in outputs))
     key = (ports, in_avals, canonical(ops, used, wanted))
@@ -132,7 +132,7 @@ def build_stage(
         inputs=inputs,
         outputs=ports[1],
         in_avals=in_avals,
-        out_avals=tuple(struct(a.aval if isinstance(a, Const) else program.avals[a]) for a in wanted),
+        out_avals=tuple(map(program.struct, wanted)),
         operators=tuple(op.name for op in ops),
         key=key,
     )

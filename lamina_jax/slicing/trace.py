@@ -57,6 +57,11 @@ class Program:
         """Of attention i."""
         return Operands(*self.ops[self.attentions[i]].reads)
 
+    def struct(self, atom: Atom) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a value or a constant."""
+        aval = atom.aval if isinstance(atom, Const) else self.avals[atom]
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
     @cached_property
     def signature(self) -> tuple[object, ...]:
         """The operators and who reads whom, without shapes: equal where the same cut is valid."""
@@ -85,10 +90,6 @@ class Program:
         """Whether a value is an argument or depends on one."""
         read = [value] + [atom for i in self.ancestors([value]) for atom in self.ops[i].reads]
         return any(isinstance(atom, int) and atom < self.num_args for atom in read)
-
-
-def struct(aval: jax.core.ShapedArray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:

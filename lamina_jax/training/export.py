@@ -16,16 +16,10 @@ from lamina_jax.weights.export import save_checkpoint
 
 def export(model: nnx.Module, config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files."""
-    bos, eos = (_token_id(tokenizer, token) for token in (BOS, EOS))
+    vocabulary = tokenizer.get_vocab()
+    bos, eos = vocabulary[BOS], vocabulary[EOS]
     save_checkpoint(model, replace(config, dtype="bfloat16", bos_token_id=bos, eos_token_ids=(eos,)), folder)
     generation = {"do_sample": False, "bos_token_id": bos, "eos_token_id": eos}
     text = json.dumps(generation, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
     save_tokenizer(tokenizer, folder, config.max_position)
-
-
-def _token_id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ValueError(f"the tokenizer has no token {token!r}")
-    return found
