@@ -18,7 +18,7 @@ from lamina_jax.exchange.base import WireCount
 from lamina_jax.exchange.pieces import Arrays, arrays_of, messages_of
 from lamina_jax.pool.geometry import HeadTable
 from lamina_jax.pool.partition import Partition
-from lamina_jax.pool.shard import AttentionShard, Begun, Bucket
+from lamina_jax.pool.shard import AttentionShard, Begun
 
 
 class LocalExchange:
@@ -44,14 +44,13 @@ class LocalExchange:
     def begin(self, plan: MicrobatchPlan) -> LocalStep:
         targets = []
         for part, segment, host in self.partition.split(plan):
-            bucket = host.positions.shape
             for worker in range(self.table.workers):
                 shard = self.shards[part * self.table.workers + worker]
                 self.wire.metadata_bytes += sum(array.nbytes for array in host)
                 pieces = self.table.of_worker(worker)
                 begun = shard.begin(host)
                 self.programs_queued += bool(begun.plans)
-                targets.append(_Target(shard, bucket, begun, segment, pieces))
+                targets.append(_Target(shard, begun, segment, pieces))
         return LocalStep(self, targets)
 
     def fill_pages(self, fill: Callable[[jax.Array], jax.Array]) -> None:
@@ -63,10 +62,9 @@ class LocalExchange:
 
 @dataclass(frozen=True)
 class _Target:
-    """A shard in one microbatch's step: its rows, what it has begun, and which messages it is sent."""
+    """A shard in one microbatch's step: what it has begun, and which messages it is sent."""
 
     shard: AttentionShard
-    bucket: Bucket
     begun: Begun
     segment: int
     pieces: range
@@ -84,7 +82,7 @@ class LocalStep:
 
     def send_kv(self, layer: int, kv: Arrays) -> None:
         for target, sent in self._sent(kv, kv_alone=True):
-            target.shard.append(layer, target.bucket, target.begun, sent)
+            target.shard.append(layer, target.begun, sent)
 
     def send_all(self, layer: int, qkv: Arrays) -> None:
         self._ask(AttentionShard.append_and_attend, layer, qkv)
@@ -97,7 +95,7 @@ class LocalStep:
         self._returned[layer] = [
             answer
             for target, sent in self._sent(arrays)
-            for answer in self._back(target, compute(target.shard, layer, target.bucket, target.begun, sent))
+            for answer in self._back(target, compute(target.shard, layer, target.begun, sent))
         ]
 
     def _sent(self, arrays: Arrays, *, kv_alone: bool = False) -> Iterator[tuple[_Target, Arrays]]:

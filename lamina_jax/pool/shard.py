@@ -49,6 +49,11 @@ class Begun(NamedTuple):
     meta: StepMetadata
     plans: dict[int, SplitPlan]
 
+    @property
+    def bucket(self) -> Bucket:
+        rows, queries = self.meta.positions.shape
+        return rows, queries
+
 
 class Kernels(NamedTuple):
     """What the programs of a shard compute, apart from it: a program that is kept keeps no pages.
@@ -174,22 +179,22 @@ class AttentionShard:
         make_plans = self._programs.get(("plan", told.positions.shape, None))
         return Begun(meta, make_plans(meta) if make_plans else {})
 
-    def attend(self, layer: int, bucket: Bucket, begun: Begun, q: Messages) -> Arrays:
+    def attend(self, layer: int, begun: Begun, q: Messages) -> Arrays:
         """The cached part of each piece q[B, Q, n, H] as a message (`lamina_jax.pool.message`), o in q's
         dtype."""
-        program = self._programs["attend", bucket, self._kinds[layer]]
+        program = self._programs["attend", begun.bucket, self._kinds[layer]]
         return program(self.pages[layer], *self._shared(layer, begun), q)
 
-    def append(self, layer: int, bucket: Bucket, begun: Begun, kv: Messages) -> None:
+    def append(self, layer: int, begun: Begun, kv: Messages) -> None:
         """Keep kv[B, Q, 2k, H] (k's heads, then v's) of each piece that is no copy of the one before in
         the pages that the step names."""
-        program = self._programs["append", bucket, None]
+        program = self._programs["append", begun.bucket, None]
         self.pages[layer] = program(self.pages[layer], begun.meta.slots, kv)
 
-    def append_and_attend(self, layer: int, bucket: Bucket, begun: Begun, qkv: Messages) -> Arrays:
+    def append_and_attend(self, layer: int, begun: Begun, qkv: Messages) -> Arrays:
         """Both for messages qkv[B, Q, n + 2k, H] of all pieces; the cached part does not see the new
         tokens."""
-        program = self._programs["both", bucket, self._kinds[layer]]
+        program = self._programs["both", begun.bucket, self._kinds[layer]]
         self.pages[layer], messages = program(self.pages[layer], *self._shared(layer, begun), qkv)
         return messages
 

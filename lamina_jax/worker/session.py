@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -30,14 +29,6 @@ MOST_MICROBATCHES = 16
 """That an engine may have begun; it has n and one of prefill."""
 
 Answer = tuple[Header, list[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A microbatch's step: its shapes, and what each device was told."""
-
-    bucket: Bucket
-    told: list[Begun]
 
 
 class Session:
@@ -86,7 +77,7 @@ class Session:
             for device in devices[: spec.devices]
         ]
         self._shapes = {(rows, queries): _shapes(spec, rows, queries) for rows, queries, _ in spec.buckets}
-        self._begun: dict[int, _Begun] = {}
+        self._begun: dict[int, list[Begun]] = {}
 
     def hold(self) -> None:
         """Make the pages."""
@@ -168,14 +159,14 @@ class Session:
         """What a frame of a microbatch says; the answer's messages, if there is one."""
         begun = self._begun[header.microbatch]
         parts: list[jax.Array] = []
-        for shard, told, sent in zip(self._shards, begun.told, self._sent(header, payload), strict=True):
+        for shard, told, sent in zip(self._shards, begun, self._sent(header, payload), strict=True):
             match header.kind:
                 case Kind.QUERY:
-                    parts += shard.attend(header.layer, begun.bucket, told, sent)
+                    parts += shard.attend(header.layer, told, sent)
                 case Kind.KV:
-                    shard.append(header.layer, begun.bucket, told, sent)
+                    shard.append(header.layer, told, sent)
                 case Kind.QKV:
-                    parts += shard.append_and_attend(header.layer, begun.bucket, told, sent)
+                    parts += shard.append_and_attend(header.layer, told, sent)
         return parts
 
     def _begin(self, header: Header, payload: np.ndarray) -> None:
@@ -194,7 +185,7 @@ class Session:
             positions.reshape(bucket),
             slots.reshape(bucket),
         )
-        self._begun[header.microbatch] = _Begun(bucket, [shard.begin(told) for shard in self._shards])
+        self._begun[header.microbatch] = [shard.begin(told) for shard in self._shards]
 
     def _check(self, tables: np.ndarray, lens: np.ndarray) -> None:
         """What would read beyond the pages. Slots beyond them are padding, and dropped."""
@@ -210,7 +201,7 @@ class Session:
             ProtocolError: an engine does not send it, or not now.
         """
         begun = self._begun.get(header.microbatch)
-        shape = self._shapes[begun.bucket].get(header.kind) if begun else None
+        shape = self._shapes[begun[0].bucket].get(header.kind) if begun else None
         if shape is None:
             raise ProtocolError(f"{header} before its microbatch has begun, or no frame of an engine")
         if header.layer >= self._spec.geometry.num_layers:

@@ -63,9 +63,9 @@ def answers(*, overlap: bool) -> tuple[list[str], list[np.ndarray], AttentionSha
     for layer in range(3):
         qkv = rng.standard_normal((*BUCKET, 8, 8)).astype(np.float32)
         if overlap:
-            attended += shard.attend(layer, BUCKET, begun, (qkv[:, :, :4],))
+            attended += shard.attend(layer, begun, (qkv[:, :, :4],))
         else:
-            attended += shard.append_and_attend(layer, BUCKET, begun, (qkv,))
+            attended += shard.append_and_attend(layer, begun, (qkv,))
     return [name.split()[0] for name, _ in jobs], list(map(np.asarray, attended)), shard
 
 
