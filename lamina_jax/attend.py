@@ -7,14 +7,13 @@ first, then the devices are found.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from lamina_jax.command import end_by_signal, refuse, say
 from lamina_jax.config import AttendConfig, ConfigError, SecurityConfig
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.server.log_format import configure_logging
@@ -55,45 +54,24 @@ def run(config: AttendConfig, security: SecurityConfig, make_session: MakeSessio
     try:
         server = WorkerServer(config, security, make_session)
     except (ConfigError, ListenError) as error:
-        return _fail(error)
+        return refuse(error)
     try:
-        stop = _signals()
+        stop = threading.Event()
+        end_by_signal(stop)
         facts = server.start()
         where = f"port {server.port}, data port {facts.data_port}"
-        _say(
+        say(
             f"listening on {config.listen} ({where}): {facts.devices} x {facts.device_kind}, "
             f"{facts.memory_bytes / 2**20:,.0f} MiB for KV pages"
         )
         stop.wait()
-        _say("ending; a second signal ends at once")
+        say("ending; a second signal ends at once")
         server.drain()
     except ConfigError as error:
-        return _fail(error)
+        return refuse(error)
     finally:
         server.close()
     return 0
-
-
-def _signals() -> threading.Event:
-    stop = threading.Event()
-
-    def take(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, take)
-    return stop
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception) -> int:
-    _say(f"error: {error}")
-    return 1
 
 
 if __name__ == "__main__":

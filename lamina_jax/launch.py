@@ -24,6 +24,7 @@ from lamina_jax.cluster.slurm import emit_slurm
 from lamina_jax.cluster.ssh import ssh_commands
 from lamina_jax.cluster.together import run_together
 from lamina_jax.cluster.tpu import emit_tpu
+from lamina_jax.command import refuse
 from lamina_jax.config import ConfigError
 from lamina_jax.flags import Parser
 
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = read_cluster(find_cluster_file(options.cluster))
         return int(options.run(cluster, options))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

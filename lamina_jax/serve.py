@@ -20,6 +20,7 @@ from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.pin import check_cores, pin
 from lamina_jax.cluster.processes import Cluster, Process
+from lamina_jax.command import refuse, say
 from lamina_jax.config import CheckpointError, ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.core import WorkerLost
 from lamina_jax.flags import Parser, add_flags, from_flags
@@ -42,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return by_file(cluster, options.role, options.host_id)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
 
 
 def by_flags(options: argparse.Namespace, engine: EngineConfig, server: ServerConfig) -> int:
@@ -99,7 +99,7 @@ def follow(config: EngineConfig) -> int:
         if alarm.code == 0 or not alarm.armed:
             leave(128 + number)
         alarm.code = 0
-        print("ending with host 0; a second signal ends at once", file=sys.stderr, flush=True)
+        say("ending with host 0; a second signal ends at once")
 
     for number in SERVERS_SIGNALS:
         signal.signal(number, take)
@@ -108,8 +108,7 @@ def follow(config: EngineConfig) -> int:
 
         run_follower(config, alarm, progress)
     except (CheckpointError, ConfigError, WorkerLost) as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(1)
+        leave(refuse(error))
     except BaseException:
         traceback.print_exc()
         leave(1)
@@ -120,7 +119,7 @@ def follow(config: EngineConfig) -> int:
 def progress(phase: str, done: int, total: int) -> None:
     """One line of each phase, at its beginning."""
     if not done:
-        print(f"{phase}{f', {total} in all' if total else ''}", file=sys.stderr, flush=True)
+        say(f"{phase}{f', {total} in all' if total else ''}")
 
 
 def prefill(config: EngineConfig, listen: str) -> int:
@@ -138,8 +137,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, cluster: Clu
         keys = read_keys(server_config.api_key_file)
         listener = listen(server_config)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     if cluster is None:
         engine = EngineProcess(Start(engine_config, log_format=server_config.log_format))
     else:

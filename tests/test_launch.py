@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina_jax.cluster.together import SAME_SIGNAL_SECONDS
+from lamina_jax.command import SAME_SIGNAL_SECONDS
 from lamina_jax.launch import is_here, main
 
 CLUSTER = """

@@ -12,12 +12,10 @@ from contextlib import suppress
 from typing import TextIO
 
 from lamina_jax.cluster.commands import Command
+from lamina_jax.command import SAME_SIGNAL_SECONDS
 
 COLOURS = (36, 32, 33, 35, 34, 31)
 LONGEST_LINE = 1 << 16
-SAME_SIGNAL_SECONDS = 0.3
-"""In which a signal counts once: a terminal and a program like `timeout` may both pass on the same."""
-
 LAST_WORDS_SECONDS = 1.0
 """For output that is still in the pipes when a process has ended."""
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from types import FrameType
-
+from lamina_jax.command import end_by_signal, refuse, say
 from lamina_jax.config import CheckpointError, ConfigError, EngineConfig
 from lamina_jax.prefill.server import PrefillServer
 from lamina_jax.worker.ports import ListenError
@@ -17,33 +13,17 @@ def run(config: EngineConfig, listen: str) -> int:
     try:
         server = PrefillServer(config, listen)
     except (ConfigError, ListenError) as error:
-        return _fail(error)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if server.ended.is_set():
-            os._exit(1)
-        server.ended.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        return refuse(error)
+    end_by_signal(server.ended)
     try:
         facts = server.start()
-        _say(
+        say(
             f"listening on {listen} (port {server.port}, data port {facts.data_port}): prompts of up to "
             f"{facts.max_tokens:,} tokens on {facts.device}"
         )
         server.ended.wait()
     except (ConfigError, CheckpointError, ListenError) as error:
-        return _fail(error)
+        return refuse(error)
     finally:
         server.close()
     return int(server.failed)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception) -> int:
-    _say(f"error: {error}")
-    return 1

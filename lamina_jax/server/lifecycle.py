@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import uvicorn
 from rich.console import Console
 
-from lamina_jax.cluster.together import SAME_SIGNAL_SECONDS
+from lamina_jax.command import SAME_SIGNAL_SECONDS
 from lamina_jax.config import CheckpointError, ServerConfig
 from lamina_jax.server.app import create_app
 from lamina_jax.server.engine_host import SERVERS_SIGNALS, EngineHost
