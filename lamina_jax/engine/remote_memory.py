@@ -163,6 +163,7 @@ class RemoteMemory:
                     pages=held.pages,
                     first=held.first,
                     stride=held.stride,
+                    after=self._exchange.told[held.worker],
                     kv_start=share.kv_start,
                 )
                 lose = partial(self._lose, client.address, self._exchange.workers)

@@ -41,6 +41,7 @@ class PullOrder(Struct, frozen=True, kw_only=True):
         length: tokens of the prompt that are prefilled there.
         pages: the worker's own pages that keep what it holds of them, in order of position.
         first, stride: the places in the request of the first of `pages`, and between one and the next.
+        after: the number of the last step that the worker was told of: the pages may have had a part in it.
         kv_start: the first KV head, among the model's, of the lease whose pages these are.
     """
 
@@ -51,6 +52,7 @@ class PullOrder(Struct, frozen=True, kw_only=True):
     pages: list[int]
     first: int
     stride: int
+    after: int
     kv_start: int
 
 
@@ -87,6 +89,7 @@ def decode_order(data: bytes) -> PullOrder:
     _check(len(order.ticket) == TICKET_BYTES, "ticket", order.ticket)
     _check(0 < order.length < 1 << 31, "length", order.length)
     _check(bool(order.pages), "pages", order.pages)
+    _check(0 <= order.after < 1 << 32, "after", order.after)
     for name in ("first", "stride", "kv_start"):
         _check(0 <= getattr(order, name) < 1 << 31, name, getattr(order, name))
     return order

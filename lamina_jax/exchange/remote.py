@@ -131,6 +131,9 @@ class RemoteExchange:
         partition: how the parts share the cache.
         wire_dtype, head_dim: of what is exchanged.
         timings: what the times of it are noted in; None: nothing is.
+
+    Attributes:
+        told: the number of the last step that each part of the cache was told of; 0: of none.
     """
 
     def __init__(
@@ -156,10 +159,12 @@ class RemoteExchange:
         self._step_type: type[RemoteStep] = RemoteStep
         self._sends_kept = partition.kind == "tokens"  # k and v go only to who keeps them
         self._sender, self._steps = Sender(), 0
+        self.told = [0] * partition.workers
 
     def attach(self, workers: Sequence[Worker]) -> None:
         """Exchange with these from now on; those of one part of the cache follow each other."""
         self.workers, self._sender = tuple(workers), Sender()
+        self.told = [0] * self.partition.workers
         for worker in workers:
             worker.wire = self.wire
         if self.timings is not None:
@@ -177,6 +182,7 @@ class RemoteExchange:
     def _targets(self, header: Header, parts: list[Told]) -> Iterator[_Target]:
         """Every worker that takes part, which is told its part of the step."""
         for part, segment, told in parts:
+            self.told[part] = header.step
             rows, queries = told.positions.shape
             tokens, metadata = None, told
             if self._sends_kept:

@@ -1,4 +1,4 @@
-"""When pulled KV may be written: in the gaps that decoding leaves.
+"""When pulled KV may be written: behind what the engine has still to append, in the gaps of decoding.
 
 It knows nothing of what is written, nor of frames but that they come and go.
 """
@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 QUIET_SECONDS = 0.02
 """Without a frame for so long, nothing decodes: then a pull need not wait for the end of one."""
+
+_STEPS = 1 << 32
+"""Steps are counted so far, and begin anew."""
 
 
 class Gaps:
@@ -52,3 +55,41 @@ class Gaps:
         if left > 0:
             self._begins.wait(left)
         self._begins.clear()
+
+
+class Appends:
+    """How far the steps are whose frames come.
+
+    An engine has read a step before its last k and v have come, and may have pages of that step filled anew.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._begun = 0
+        self._owed: dict[int, int] = {}
+
+    def begin(self, microbatch: int, step: int, *, appends: bool) -> None:
+        """A microbatch's step begins; `appends`: k and v will come."""
+        with self._changed:
+            self._begun = step
+            if appends:
+                self._owed[microbatch] = step
+            self._changed.notify_all()
+
+    def end(self, microbatch: int) -> None:
+        """The last k and v of its step have come."""
+        with self._changed:
+            self._owed.pop(microbatch, None)
+            self._changed.notify_all()
+
+    def wait(self, step: int, seconds: float) -> bool:
+        """Whether within so many seconds nothing more is to come of a step, and of those before it."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._are_over(step), seconds)
+
+    def _are_over(self, step: int) -> bool:
+        return _reaches(self._begun, step) and not any(_reaches(step, owed) for owed in self._owed.values())
+
+
+def _reaches(step: int, other: int) -> bool:
+    return (step - other) % _STEPS < _STEPS // 2

@@ -7,6 +7,7 @@ nothing of gRPC, leases or how pages are stored.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol, runtime_checkable
@@ -30,6 +31,9 @@ AHEAD = 4
 
 MOST_REASON_BYTES = 4096
 
+LOOK_SECONDS, SETTLE_SECONDS = 0.1, 30.0
+"""Between two looks whether a pull that waits for a step is still wanted; and how long it waits at most."""
+
 Dial = Callable[[str], Channel]
 """A channel to the data listener at "host:port"."""
 
@@ -43,6 +47,10 @@ class Pages(Protocol):
     """
 
     geometry: CacheGeometry
+
+    def is_settled(self, step: int, seconds: float) -> bool:
+        """Whether within so many seconds nothing more is to be appended of a step, nor of any before it."""
+        ...
 
     def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None:
         """Keep `tokens` tokens of a layer, the payload of a STORED frame, in `slots` int32[PULL_TOKENS], in a
@@ -139,6 +147,8 @@ class _Pull:
                     payload = _answer(channel, geometry, layer, tokens, number - AHEAD)
                     into = np.full(PULL_TOKENS, padding, np.int32)
                     into[:tokens] = slots[chunk]
+                    if number == AHEAD:
+                        self._settle(pages)
                     if self._over:
                         raise ChannelClosed("nobody wants it any more")
                     pages.keep_pulled(layer, into, payload, tokens)
@@ -146,6 +156,15 @@ class _Pull:
             return pulled
         finally:
             channel.close()
+
+    def _settle(self, pages: Pages) -> None:
+        """Wait for what the engine has still to append to pages that were others' before."""
+        until = time.monotonic() + SETTLE_SECONDS
+        while not self._over and not pages.is_settled(self._order.after, LOOK_SECONDS):
+            if time.monotonic() > until:
+                raise ChannelClosed(
+                    f"step {self._order.after} has not come to its end in {SETTLE_SECONDS:g} s"
+                )
 
     def _open(self, dial: Dial) -> Channel:
         channel = dial(self._order.address)

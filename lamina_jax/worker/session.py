@@ -23,7 +23,7 @@ from lamina_jax.pool.message import message_dtype
 from lamina_jax.pool.metadata import StepMetadata
 from lamina_jax.pool.shard import AttentionKind, AttentionShard, Begun, Bucket, Messages
 from lamina_jax.pool.spec import WorkerSpec
-from lamina_jax.worker.gaps import Gaps
+from lamina_jax.worker.gaps import Appends, Gaps
 
 MOST_MICROBATCHES = 16
 """That an engine may have begun; it has n and one of prefill."""
@@ -61,7 +61,7 @@ class Session:
             raise ConfigError(f"{spec.devices} devices are asked for, this worker has {len(devices)}")
         if spec.devices < 1 or g.num_kv_heads % spec.devices:
             raise ConfigError(f"{spec.devices} devices cannot share {g.num_kv_heads} KV heads")
-        self.geometry, self._gaps = g, gaps or Gaps()
+        self.geometry, self._gaps, self._appends = g, gaps or Gaps(), Appends()
         self._spec, self._wire = spec, message_dtype(g.wire_dtype)
         kinds = [AttentionKind(*kind) for kind in zip(spec.scales, spec.softcaps, strict=True)]
         self._shards = [
@@ -144,6 +144,10 @@ class Session:
                     times = {"received_ns": received, "done_ns": time.monotonic_ns()}
                     yield header._replace(kind=Kind.ANSWER, length=length, **times), messages
 
+    def is_settled(self, step: int, seconds: float) -> bool:
+        """See `lamina_jax.worker.pull.Pages`."""
+        return self._appends.wait(step, seconds)
+
     def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None:
         """See `lamina_jax.worker.pull.Pages`."""
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(self._shards[0].pages[layer])]
@@ -167,6 +171,8 @@ class Session:
                     shard.append(header.layer, told, sent)
                 case Kind.QKV:
                     parts += shard.append_and_attend(header.layer, told, sent)
+        if header.kind != Kind.QUERY and header.layer == self.geometry.num_layers - 1:
+            self._appends.end(header.microbatch)
         return parts
 
     def _begin(self, header: Header, payload: np.ndarray) -> None:
@@ -186,6 +192,9 @@ class Session:
             slots.reshape(bucket),
         )
         self._begun[header.microbatch] = [shard.begin(told) for shard in self._shards]
+        kept = slots < self.geometry.num_pages * self.geometry.page_size
+        appends = not self._spec.by_token or bool(kept.any())
+        self._appends.begin(header.microbatch, header.step, appends=appends)
 
     def _check(self, tables: np.ndarray, lens: np.ndarray) -> None:
         """What would read beyond the pages. Slots beyond them are padding, and dropped."""

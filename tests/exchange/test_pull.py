@@ -44,6 +44,7 @@ def order(**changes: object) -> PullOrder:
         "pages": [5, 0, 2],
         "first": 0,
         "stride": 1,
+        "after": 0,
         "kv_start": 0,
     }
     return PullOrder(**(fields | changes))  # type: ignore[arg-type]

@@ -86,6 +86,9 @@ class EchoSession:
                 self._fail()
             yield header._replace(kind=Kind.ANSWER), [payload[: header.length]]
 
+    def is_settled(self, step: int, seconds: float) -> bool:
+        return True
+
     def keep_pulled(self, layer: int, slots: np.ndarray, payload: np.ndarray, tokens: int) -> None:
         """Takes it, and forgets it."""
 
