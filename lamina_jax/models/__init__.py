@@ -1,4 +1,4 @@
-"""Decoder families: plain flax.nnx modules over shared layers.
+"""The decoder of all families: plain flax.nnx modules over shared layers.
 
 `build(config, storage)` gives a model whose parameters are abstract; `initialise` or the loader of
 `lamina_jax.weights` fills them. A model is called as `model(tokens[T], positions[T], logits_at[B]) ->
@@ -16,20 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lamina_jax.models.config import Family, ModelConfig, RopeConfig
+from lamina_jax.models.config import ModelConfig, RopeConfig
+from lamina_jax.models.decoder import Decoder
 from lamina_jax.models.layers import Storage
-from lamina_jax.models.llama import Llama
-from lamina_jax.models.qwen2 import Qwen2
-from lamina_jax.models.qwen3 import Qwen3
 
-FAMILIES: dict[Family, type[Llama]] = {"llama": Llama, "mistral": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
-
-__all__ = ["FAMILIES", "ModelConfig", "RopeConfig", "Storage", "as_function", "build", "initialise"]
+__all__ = ["ModelConfig", "RopeConfig", "Storage", "as_function", "build", "initialise"]
 
 
-def build(config: ModelConfig, storage: Storage) -> Llama:
+def build(config: ModelConfig, storage: Storage) -> Decoder:
     """The model of `config`, its parameters abstract."""
-    return FAMILIES[config.family](config, storage)
+    return Decoder(config, storage)
 
 
 def as_function(model: nnx.Module) -> tuple[Callable[..., jax.Array], Any]:

@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from lamina_jax.models import ModelConfig, Storage, build, initialise
+from lamina_jax.models.decoder import Attention, Decoder
 from lamina_jax.models.layers import rope_frequencies
-from lamina_jax.models.llama import Attention, Llama
 
 EMBEDDING_STD = 0.04
 # Every embedding has this one component, from which layer 0 makes its preferred distances.
@@ -33,7 +33,7 @@ MATCH_GAIN = 2.5
 COPY_GAIN = 0.8
 
 
-def initial_model(config: ModelConfig, seed: int) -> Llama:
+def initial_model(config: ModelConfig, seed: int) -> Decoder:
     """A model to train: float32, matrices as [in, out].
 
     Raises:

@@ -1,4 +1,8 @@
-"""Llama 1, 2 and 3, and Mistral, which is the same with windows (LlamaForCausalLM, MistralForCausalLM)."""
+"""The decoder of every family: Llama 1, 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3.
+
+They differ in attention alone: Mistral and Qwen may have windows, Qwen2 has biases on q, k and v, and Qwen3
+normalises the heads of q and k.
+"""
 
 from __future__ import annotations
 
@@ -29,40 +33,38 @@ class Attention(nnx.Module):
         self.window = config.windows[layer] if config.windows else None
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query, kv = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        qkv_bias, o_bias = self.biases(config)
+        qkv_bias = config.attention_bias or config.family == "qwen2"
+        o_bias = config.attention_bias and config.family != "qwen2"
         self.q = Linear((hidden, query), ("embed", "heads"), f"{name}.q_proj", storage, qkv_bias)
         self.k = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.k_proj", storage, qkv_bias)
         self.v = Linear((hidden, kv), ("embed", "kv_heads"), f"{name}.v_proj", storage, qkv_bias)
         self.o = Linear((query, hidden), ("heads", "embed"), f"{name}.o_proj", storage, o_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, "head_dim", f"{name}.{which}_norm", storage, config.rms_norm_eps)
+            if config.family == "qwen3"
+            else None
+            for which in "qk"
+        )
 
     def __call__(self, x: Float[Array, "T D"], turn: Rotation) -> Float32[Array, "T D"]:
-        q = rotate(self.head_norm("q", self.heads(self.q(x))), turn)
-        k = rotate(self.head_norm("k", self.heads(self.k(x))), turn)
+        q = rotate(self.heads(self.q(x), self.q_norm), turn)
+        k = rotate(self.heads(self.k(x), self.k_norm), turn)
         q, k, v = (part.astype(x.dtype) for part in (q, k, self.heads(self.v(x))))
         o = attention(q, k, v, scale=self.head_dim**-0.5, window=self.window)
         return self.o(o.reshape(x.shape[0], -1))
 
-    def heads(self, x: Float32[Array, "T NH"]) -> Float32[Array, "T N H"]:
-        return x.reshape(x.shape[0], -1, self.head_dim)
-
-    def biases(self, config: ModelConfig) -> tuple[bool, bool]:
-        """Whether q, k and v have biases, and whether o has one."""
-        return config.attention_bias, config.attention_bias
-
-    def head_norm(self, which: str, heads: Float32[Array, "T N H"]) -> Float32[Array, "T N H"]:
-        """For families that normalise queries and keys per head."""
-        return heads
+    def heads(self, x: Float32[Array, "T NH"], norm: RMSNorm | None = None) -> Float32[Array, "T N H"]:
+        heads = x.reshape(x.shape[0], -1, self.head_dim)
+        return heads if norm is None else norm(heads)
 
 
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, storage: Storage, attention_type: type[Attention]
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, storage: Storage) -> None:
         name, norm = f"model.layers.{layer}", (config.hidden_size, "embed")
         self.attention_norm = RMSNorm(*norm, f"{name}.input_layernorm", storage, config.rms_norm_eps)
-        self.attention = attention_type(config, layer, storage)
+        self.attention = Attention(config, layer, storage)
         self.mlp_norm = RMSNorm(*norm, f"{name}.post_attention_layernorm", storage, config.rms_norm_eps)
         self.mlp = GatedMLP(config, f"{name}.mlp", storage)
 
@@ -71,17 +73,13 @@ class Block(nnx.Module):
         return add(x, self.mlp(self.mlp_norm(x)))
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """tokens[T] at positions[T] to the logits of the tokens `logits_at`."""
-
-    attention_type = Attention
 
     def __init__(self, config: ModelConfig, storage: Storage) -> None:
         self.config = config
         self.embedding = Embedding(config, "model.embed_tokens", storage)
-        self.blocks = nnx.List(
-            Block(config, layer, storage, self.attention_type) for layer in range(config.num_layers)
-        )
+        self.blocks = nnx.List(Block(config, layer, storage) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, "embed", "model.norm", storage, config.rms_norm_eps)
         self.head = (
             None
