@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lamina_jax.models import FAMILIES, Family, ModelConfig, Storage, as_function, build
+from lamina_jax.models import ModelConfig, Storage, as_function, build
+from lamina_jax.models.config import Family
 from lamina_jax.ops import local_part, merge
 from pallas_kernels import paged_attention
 
@@ -31,7 +33,7 @@ def assert_wide(closed: jax.extend.core.ClosedJaxpr, least: int) -> None:
     assert "bfloat16" not in {out.aval.dtype.name for equation in found for out in equation.outvars}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", get_args(Family))
 def test_a_bfloat16_model_sums_in_float32(family: Family) -> None:
     config = ModelConfig(
         family=family, vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lamina_jax.models import ModelConfig, RopeConfig, llama
+from lamina_jax.models import ModelConfig, RopeConfig, decoder
 from lamina_jax.training.initial import initial_model
 
 LENGTH = 96
@@ -30,13 +30,13 @@ def scores(
         head_dim=64,
         rope=RopeConfig(theta=1e5),
     )
-    plain, seen = llama.attention, []
+    plain, seen = decoder.attention, []
 
     def spy(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: None) -> jax.Array:
         seen.append(jnp.einsum("qngh,snh->ngqs", q.reshape(LENGTH, 2, 2, 64), k).reshape(4, LENGTH, LENGTH))
         return plain(q, k, v, scale=scale, window=window)
 
-    monkeypatch.setattr(llama, "attention", spy)
+    monkeypatch.setattr(decoder, "attention", spy)
     tokens = np.random.default_rng(0).permutation(config.vocab_size)[:LENGTH].astype(np.int32)
     tokens[REPEATED_AT:] = tokens[: LENGTH - REPEATED_AT]
     at = jnp.arange(LENGTH, dtype=jnp.int32)
