@@ -30,8 +30,8 @@ from lamina_jax.worker.sockets import DataListener
 log = logging.getLogger(__name__)
 
 MOST_CALLS = MOST_PROMPTS + 8
-MOST_CONNECTIONS = 256
-"""Of workers: each has one for each prompt that it pulls."""
+MOST_CONNECTIONS = 512
+"""Of workers: each has one for each prompt that it pulls, and for each compute host."""
 
 _OPTIONS = (
     *KEEPALIVE,

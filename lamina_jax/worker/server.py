@@ -30,8 +30,8 @@ from lamina_jax.worker.ports import bind_grpc, naming
 from lamina_jax.worker.service import PoolService
 from lamina_jax.worker.sockets import DataListener, serve_lease
 
-MOST_CALLS = 128
-"""Two of each lease, whose threads only wait."""
+MOST_CALLS = 512
+"""Of each compute host two for its lease, and two for each prompt that is pulled: their threads only wait."""
 
 PULL_SECONDS = 600.0
 """How long a pull waits for a prompt whose turn has not come; that the prefill host lives is the engine's

@@ -27,7 +27,8 @@ from lamina_jax.worker.leases import Leases
 log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 5.0
-MOST_CONNECTIONS = 8
+MOST_CONNECTIONS = 64
+"""One of each compute host; and those that have shown nothing yet, for `HELLO_SECONDS`."""
 
 Serve = Callable[[SocketChannel, bytes], None]
 """It raises `Refused` or `ProtocolError` for what the other side is to be told."""

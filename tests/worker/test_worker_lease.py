@@ -27,6 +27,7 @@ from lamina_jax.exchange.control_messages import SERVICE
 from lamina_jax.exchange.frames import HEADER_BYTES, Header, Kind
 from lamina_jax.worker import leases
 from lamina_jax.worker import server as worker_server
+from lamina_jax.worker.lease import Refused
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +183,18 @@ def test_hosts_of_one_group_share_the_worker(start_worker: StartWorker) -> None:
     assert echo(channels[1], b"3") == b"3"
     leases[1].close()
     assert free(server)
+
+
+def test_an_order_to_pull_finds_its_lease_by_group_and_heads(start_worker: StartWorker) -> None:
+    server, client = start_worker()
+    lease, _ = (client.lease(replace(SPEC, kv_start=start), group="one") for start in (2, 0))
+    assert server.leases.holding("one", 2).session_id == lease.session_id
+    for group, kv_start in (("one", 1), ("another", 2), ("", 2)):
+        with pytest.raises(Refused, match=f"no lease of this group has the KV heads from {kv_start} on"):
+            server.leases.holding(group, kv_start)
+    server.leases.holding("one", 2).end("over")
+    with pytest.raises(Refused):
+        server.leases.holding("one", 2)
 
 
 def test_pages_are_counted_over_all_leases_of_a_group(start_worker: StartWorker) -> None:
