@@ -24,6 +24,9 @@ EVERYWHERE = "0.0.0.0"
 DATA_PORT_ABOVE = 1000
 """A worker's data port, which a policy names, is so much above its port if the file leaves it to be any."""
 
+WAIT_SECONDS = 1800.0
+"""For which pods wait for each other at least: nodes are made meanwhile, and images fetched."""
+
 SECRETS = {
     "token_file": "token/token",
     "tls_cert": "tls/tls.crt",
@@ -39,6 +42,8 @@ OWN = {"follower": {"--host-id": "$(LWS_WORKER_INDEX)"}}
 """Of a component's flags, what each pod has of its own: LeaderWorkerSet tells it."""
 
 Object = dict[str, Any]
+Rule = tuple[dict[str, int] | None, list[str] | None]
+"""Who may reach something: (ports, or all of them; components, or everybody)."""
 
 
 def emit_kubernetes(cluster: Cluster) -> str:
@@ -68,17 +73,21 @@ class _Manifests:
     def objects(self) -> list[Object]:
         http = self._on_pods.engine.server.port
         workers, prefill = self._cluster.workers, self._cluster.prefill
-        compute = ["engine", "follower"] if self._cluster.engine.followers else ["engine"]
+        followers = ["follower"] if self._cluster.engine.followers else []
+        compute = ["engine", *followers]
+        # JAX's collectives and its transfer servers, which call each other, take ports that they choose.
+        transfer = self._on_pods.engine.settings.exchange == "jax"
+        peers = (compute if followers else []) + (["worker"] if transfer else [])
+        among: list[Rule] = [(None, peers)] if peers else []
+        ports = _worker_ports(self._on_pods)
         found = [
             self._service("engine", "engine", {"http": http}, headless=False),
             self._compute(),
-            self._policy("engine", [({"http": http}, None), (None, compute)]),
+            self._policy("engine", [({"http": http}, None), *among]),
+            *(self._policy(follower, among) for follower in followers),
+            *self._set("worker", len(workers), ports),
+            self._policy("worker", [(None if transfer else ports, compute)]),
         ]
-        if len(compute) > 1:
-            found.append(self._policy("follower", [(None, compute)]))
-        ports = _worker_ports(self._on_pods)
-        found += self._set("worker", len(workers), ports)
-        found.append(self._policy("worker", [(ports, [*compute, "prefill"] if prefill else compute)]))
         if prefill:
             found += self._set("prefill", len(prefill), {"grpc": prefill[0].port})
             found.append(self._policy("prefill", [(None, [*compute, "worker"])]))
@@ -147,8 +156,8 @@ class _Manifests:
             spec = {"clusterIP": "None", "publishNotReadyAddresses": True, **spec}
         return self._object("v1", "Service", suffix, component, spec)
 
-    def _policy(self, component: str, rules: list[tuple[dict[str, int] | None, list[str] | None]]) -> Object:
-        """Who may reach a component: (ports, or all of them; components, or everybody)."""
+    def _policy(self, component: str, rules: list[Rule]) -> Object:
+        """Who may reach a component."""
         ingress = []
         for ports, callers in rules:
             rule: Object = {}
@@ -199,7 +208,11 @@ def _on_pods(cluster: Cluster) -> Cluster:
 
     pods = relocated(spread(renumbered(replace(cluster, workers=alike, prefill=prefill))), address, "pods")
     paths = {key: f"{FOLDER}/{path}" for key, path in SECRETS.items() if getattr(cluster.security, key)}
-    settings = replace(pods.engine.settings, security=replace(cluster.security, **paths))  # type: ignore[arg-type]
+    settings = replace(
+        pods.engine.settings,
+        security=replace(cluster.security, **paths),  # type: ignore[arg-type]
+        worker_wait_seconds=max(pods.engine.settings.worker_wait_seconds, WAIT_SECONDS),
+    )
     engine = replace(pods.engine, settings=settings, server=_server(cluster))
     return replace(pods, engine=engine)
 
@@ -258,7 +271,7 @@ def _template_of(process: AnyProcess) -> object:
 def _head(cluster: Cluster) -> str:
     """What to do before `kubectl apply`, as comments."""
     name, place = name_of(cluster), cluster.places.kubernetes
-    namespace, service = f"--namespace {place.namespace}", f"{name}-worker.{place.namespace}.svc"
+    namespace = f"--namespace {place.namespace}"
     lines = [
         f"Written by `python -m lamina_jax.launch emit --for kubernetes --cluster {cluster.file}`.",
         "Needs the LeaderWorkerSet controller: https://lws.sigs.k8s.io",
@@ -277,8 +290,14 @@ def _head(cluster: Cluster) -> str:
     if keys:
         lines.append(f"{create}-api-keys {namespace} --from-file=keys={keys}")
     if security.tls_ca:
-        lines += [
-            "",
-            f"The certificate is for *.{service} and, with several compute hosts, for the engine's pod.",
-        ]
+        lines += ["", f"The certificate is for {', '.join(_tls_names(cluster))}."]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _tls_names(cluster: Cluster) -> list[str]:
+    """By which pods reach each other."""
+    name, namespace = name_of(cluster), cluster.places.kubernetes.namespace
+    sets = ["worker", "prefill"] if cluster.prefill else ["worker"]
+    # LeaderWorkerSet makes it LWS_LEADER_ADDRESS.
+    leader = [f"{name}-compute-0.{name}-compute.{namespace}"] if cluster.engine.followers else []
+    return [*leader, *(f"*.{name}-{component}.{namespace}.svc" for component in sets)]

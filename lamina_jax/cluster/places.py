@@ -21,6 +21,8 @@ class KubernetesPlace:
         models: the persistent volume claim that keeps what Hugging Face's tools have downloaded; the bundled
             model needs none.
         compute, memory, prefill: labels of the nodes on which these pods run.
+        compute_requests, memory_requests, prefill_requests: what each of these pods asks of its node beside
+            its devices, such as cpu = "16", memory = "64Gi".
     """
 
     namespace: str = "default"
@@ -29,6 +31,9 @@ class KubernetesPlace:
     compute: dict[str, str] = field(default_factory=dict)
     memory: dict[str, str] = field(default_factory=dict)
     prefill: dict[str, str] = field(default_factory=dict)
+    compute_requests: dict[str, str] = field(default_factory=dict)
+    memory_requests: dict[str, str] = field(default_factory=dict)
+    prefill_requests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,12 @@ STOP_MARGIN_SECONDS = 10
 START_SECONDS, START_PERIOD = 3600, 10
 """How long loading and compiling may take."""
 
+ANSWER_SECONDS = 5
+"""What a probe waits for: a pod that compiles has little time for it."""
+
+SHARED_MEMORY = {"gpu", "cuda"}
+"""Platforms whose collectives (NCCL's) want more of it than the 64 MiB of a container."""
+
 Object = dict[str, Any]
 
 
@@ -55,7 +61,7 @@ class Probes:
             found["readinessProbe"] = self.ready | {"periodSeconds": 5}
         if self.alive is not None:
             found["livenessProbe"] = self.alive | {"periodSeconds": 10, "failureThreshold": 6}
-        return found
+        return {name: probe | {"timeoutSeconds": ANSWER_SECONDS} for name, probe in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,9 @@ def pod_template(pod: Pod, cluster: Cluster, role: str) -> Object:
     names, place, side = devices_of(cluster, role), cluster.places.kubernetes, side_of(role)
     platform = names[0].partition(":")[0]
     mounts, volumes = _files(cluster, pod.component)
+    if platform in SHARED_MEMORY:
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     container: Object = {
         "name": pod.component,
         "image": f"{place.image}:{IMAGE_TAGS.get(platform, platform)}",
@@ -102,14 +111,24 @@ def pod_template(pod: Pod, cluster: Cluster, role: str) -> Object:
         container["ports"] = [{"name": name, "containerPort": port} for name, port in pod.ports.items()]
     spec: Object = {
         "containers": [container],
-        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": int(pod.stop_seconds) + STOP_MARGIN_SECONDS,
         "volumes": volumes,
     }
+    resources: Object = {}
+    if requests := getattr(place, f"{side}_requests"):
+        resources["requests"] = requests
     if resource := RESOURCES.get(platform):
-        container["resources"] = {"limits": {resource: len(names)}}
+        resources["limits"] = {resource: len(names)}
         spec["tolerations"] = [{"key": resource, "operator": "Exists", "effect": "NoSchedule"}]
+    if resources:
+        container["resources"] = resources
     if labels := getattr(place, side):
         spec["nodeSelector"] = labels
     return {"metadata": {"labels": pod.labels}, "spec": spec}

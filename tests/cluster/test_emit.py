@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lamina_jax import attend, serve
 from lamina_jax.cluster.file import read_cluster
-from lamina_jax.cluster.kubernetes import emit_kubernetes
+from lamina_jax.cluster.kubernetes import WAIT_SECONDS, emit_kubernetes
 from lamina_jax.cluster.slurm import emit_slurm
 from lamina_jax.cluster.tpu import emit_tpu
 from lamina_jax.cluster.yaml import to_yaml
@@ -177,6 +177,66 @@ def test_a_prefill_pod_listens_on_its_own_address(tmp_path: Path) -> None:
     assert (options.role, options.listen) == ("prefill", "0.0.0.0:7301")
     assert serve.parse(argv[3:])[0].model == "bundled"
     assert prefill["spec"]["replicas"] == 2
+
+
+def callers(objects: dict[tuple[str, str], dict[str, Any]], component: str) -> dict[str, set[int] | None]:
+    """Who may reach a component, and at which ports; None: at all."""
+    found: dict[str, set[int] | None] = {}
+    for rule in objects["NetworkPolicy", f"lamina-pool-{component}"]["spec"]["ingress"]:
+        ports = {port["port"] for port in rule["ports"]} if "ports" in rule else None
+        for peer in rule.get("from", [{}]):
+            labels = peer.get("podSelector", {}).get("matchLabels", {})
+            found[labels.get("app.kubernetes.io/component", "everybody")] = ports
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["auto", "jax"])
+@pytest.mark.parametrize("followers", ["", FOLLOWER])
+def test_nobody_is_let_in_who_has_no_business(tmp_path: Path, followers: str, exchange: str) -> None:
+    """JAX's collectives between compute hosts, and its transfers with workers, use ports that it chooses."""
+    file = write(tmp_path, followers=followers, more=PREFILL)
+    file.write_text(file.read_text().replace('"tokens"', f'"tokens"\nexchange = "{exchange}"'))
+    objects, jax = manifests(file), exchange == "jax"
+    compute: dict[str, set[int] | None] = dict.fromkeys(["engine", "follower"] if followers else ["engine"])
+    workers: dict[str, set[int] | None] = {"worker": None} if jax else {}
+    others = (compute if followers else {}) | workers
+    assert callers(objects, "engine") == {"everybody": {8123}} | others
+    if followers:
+        assert callers(objects, "follower") == others
+    assert callers(objects, "worker") == dict.fromkeys(compute, None if jax else {7101, 8101})
+    assert callers(objects, "prefill") == compute | {"worker": None}
+
+
+def test_pods_are_what_the_restricted_standard_asks_for(tmp_path: Path) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards"""
+    for thing in manifests(write(tmp_path, compute="gpu:0", followers=FOLLOWER, more=PREFILL)).values():
+        for pod in templates(thing):
+            security = pod["spec"]["securityContext"]
+            assert security["runAsNonRoot"]
+            assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+            (container,) = pod["spec"]["containers"]
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert {next(iter(volume.keys() - {"name"})) for volume in pod["spec"]["volumes"]} <= {
+                "emptyDir",
+                "secret",
+                "persistentVolumeClaim",
+            }
+
+
+def test_pods_ask_for_what_the_file_says_and_wait_for_each_other(tmp_path: Path) -> None:
+    file = write(tmp_path, compute="gpu:0-1", followers=FOLLOWER)
+    table = '[kubernetes]\ncompute_requests = { cpu = "16", memory = "64Gi" }\n'
+    file.write_text(file.read_text() + table)
+    objects = manifests(file)
+    for pod in templates(objects["LeaderWorkerSet", "lamina-pool-compute"]):
+        (container,) = pod["spec"]["containers"]
+        requests = {"cpu": "16", "memory": "64Gi"}
+        assert container["resources"] == {"requests": requests, "limits": {"nvidia.com/gpu": 2}}
+        own = container["command"]
+        assert float(own[own.index("--worker-wait-seconds") + 1]) == WAIT_SECONDS
+    (worker,) = templates(objects["StatefulSet", "lamina-pool-worker"])
+    assert "resources" not in worker["spec"]["containers"][0]
 
 
 def test_secrets_are_files_that_are_named_only(tmp_path: Path) -> None:
