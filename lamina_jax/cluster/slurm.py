@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from lamina_jax.cluster.commands import commands
@@ -28,6 +29,7 @@ start() {  # component, node, role, command
     pids+=($!)
 }
 end() { kill "${pids[@]}" 2>/dev/null || true; }  # srun passes SIGTERM on: each lets what it is doing end
+trap end EXIT
 trap 'trap "" TERM INT; end; wait; exit 143' TERM INT
 """
 
@@ -37,7 +39,7 @@ wait -n "${{pids[@]}}" || code=$?  # the first that ends
 end
 wait || true
 if [ "$code" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_RESTARTS} ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"
 """
@@ -64,12 +66,12 @@ def emit_slurm(cluster: Cluster) -> str:
 
 
 def _header(cluster: Cluster, groups: list[Side]) -> Iterator[str]:
-    """A component for each side, its nodes taken whole."""
+    """A component for each side, its nodes taken whole: --exclusive leaves memory out."""
     yield f"# Written by `python -m lamina_jax.launch emit --for slurm --cluster {cluster.file}`, for sbatch."
-    yield f"#SBATCH --job-name={cluster.file.stem} --requeue"
+    yield f"#SBATCH --job-name={shlex.quote(cluster.file.stem)} --requeue"
     for i, side in enumerate(groups):
         if i:
             yield "#SBATCH hetjob"
-        yield f"#SBATCH --nodes={len(sides(cluster)[side])} --ntasks-per-node=1 --exclusive"
+        yield f"#SBATCH --nodes={len(sides(cluster)[side])} --ntasks-per-node=1 --exclusive --mem=0"
         for option, value in getattr(cluster.places.slurm, side).items():
-            yield f"#SBATCH --{option}={value}"
+            yield f"#SBATCH --{option}={shlex.quote(value)}"

@@ -45,20 +45,29 @@ start) command= ;;
 *) echo "$0 start | stop | logs" >&2; exit 2 ;;
 esac
 if [ -n "$command" ]; then
-    for slice in {slices}; do everywhere "$slice" "$command" & done
-    wait
-    exit
+    set -m  # each slice's in a process group, which ends with this script: Ctrl-C ends the logs
+    pids=() code=0
+    trap 'kill -- "${{pids[@]/#/-}}" 2>/dev/null || true' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    for slice in {slices}; do
+        everywhere "$slice" "$command" < /dev/null &
+        pids+=($!)
+    done
+    for pid in "${{pids[@]}}"; do wait "$pid" || code=$?; done
+    exit "$code"
 fi
 """
 
 _ON_HOST = """\
+set -eu
 unit() {{  # name, command
-    sudo systemd-run --unit="lamina-$1" --collect --uid="$USER" --working-directory={directory} \\
+    sudo systemd-run --unit="lamina-$1" --collect --uid="$(id -un)" --working-directory={directory} \\
         --property=Restart=on-failure --property=RestartSec=5 \\
         --property=TimeoutStopSec={stop_seconds:.0f} "${{@:2}}"
 }}
 here=$(curl -sf -H 'Metadata-Flavor: Google' \\
-    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number) || exit
+    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 case "$here" in
 {cases}
 *) echo "host $here of the slice is not used" ;;
@@ -82,7 +91,8 @@ def emit_tpu(cluster: Cluster) -> str:
     ]
     for side, hosts in sides(cluster).items():
         used = " ".join(f'"${{all[{numbers[side, host]}]}}"' for host in hosts)
-        parts.append(f"mapfile -t all < <(addresses {quoted(slices[side])})\n{side}=({used})\n")
+        parts.append(f'found=$(addresses {quoted(slices[side])})\nmapfile -t all <<< "$found"\n')
+        parts.append(f"{side}=({used})\n")
     known = f"$(declare -p {' '.join(slices)})"
     for name in names:
         script = f"{known}\n$(cat <<'SCRIPT'\n{_on_hosts(cluster, name)}SCRIPT\n)"

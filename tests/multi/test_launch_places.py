@@ -95,6 +95,9 @@ for ((i = 0; i < $(wc -l < "$hosts"); i++)); do HERE=$i bash -c "$command"; done
 """,
     "curl": 'echo "$HERE"\n',
     "sudo": 'exec "$@"\n',
+    "systemctl": "echo systemctl $*; exit 3\n",
+    "journalctl": "echo journalctl $*; exec {folder}/bin/follows\n",
+    "follows": "while true; do sleep 0.05; done\n",
     "systemd-run": """
 while [[ "$1" == --* ]]; do options+=" $1"; shift; done
 echo "systemd-run$options"
@@ -209,6 +212,23 @@ def test_every_host_of_a_slice_runs_its_own(folder: Path) -> None:
     assert "host 1 of the slice is not used" in output.read_text()
     with running(folder, "bash", str(script)) as (process, output):
         assert process.wait(20) == 2
+
+
+def test_what_is_told_to_all_hosts_of_all_slices(folder: Path) -> None:
+    """A failure is not lost, and following the logs ends with Ctrl-C, on every slice."""
+    script = folder / "pool.sh"
+    script.write_text(emit_tpu(read_cluster(folder / "pool.toml")))
+    with running(folder, "bash", str(script), "stop") as (process, output):
+        assert process.wait(20) == 3, output.read_text()
+    assert output.read_text().count("systemctl stop lamina-*") == 4
+    (folder / "slice-big").write_text("10.0.0.1\n")
+    (folder / "slice-small").write_text("10.0.0.11\n")
+    with running(folder, "bash", str(script), "logs") as (process, output):
+        assert until(lambda: output.read_text().count("journalctl --follow") == 2, 20), output.read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(folder / "bin" / "follows") not in found
 
 
 def test_a_job_of_real_processes_answers(folder: Path) -> None:
