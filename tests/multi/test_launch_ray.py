@@ -1,4 +1,4 @@
-"""`launch ray` on a real Ray cluster of two nodes, both here: roles placed by resource, and started anew."""
+"""`launch ray` on a real Ray cluster whose nodes are all here: processes placed, started anew, and moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from worker_talk import until
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install -e '.[ray]'"),
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
+
+START_SECONDS = 300.0
+"""Of a service, on a machine that does other things, too."""
 
 CLUSTER = """
 [hosts]
@@ -39,6 +43,10 @@ max_model_len = 64
 page_size = 8
 num_pages = 16
 compute_devices = "cpu:0"
+microbatches = 1
+overlap = "on"
+prefill_stall_ms = inf
+max_prefill_tokens = 16
 [engine.server]
 port = {0}
 drain_seconds = 5
@@ -54,15 +62,49 @@ devices = "cpu:0"
 drain_seconds = 5
 """
 
+FOLLOWER = """
+coordinator_port = {0}
+[[engine.followers]]
+host = "a"
+"""
+
 NODES = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"lamina_compute": 1}})
-cluster.add_node(num_cpus=1, resources={"lamina_memory": 1})
+head = {"num_cpus": 1, "resources": {"lamina_compute": 1}, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 print(cluster.address, flush=True)
-sys.stdin.read()
+nodes = {}
+for line in sys.stdin:
+    what, address = line.split()
+    if what == "add":
+        resources = {"lamina_memory": 1}
+        nodes[address] = cluster.add_node(num_cpus=1, resources=resources, node_ip_address=address)
+    else:
+        cluster.remove_node(nodes.pop(address))
+    print(what, flush=True)
 cluster.shutdown()
 """
+
+
+class Nodes:
+    """A Ray cluster on this machine: a compute node, and memory nodes at addresses like 127.0.0.2."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._say, self._hear = process.stdin, process.stdout
+        self.address = self._hear.readline().strip()
+        assert ":" in self.address
+
+    def tell(self, what: str, address: str) -> None:
+        """ "add" or "remove" a memory node."""
+        print(what, address, file=self._say, flush=True)
+        assert self._hear.readline().strip() == what
+
+    def close(self) -> None:
+        self._say.close()
+        self._hear.close()
 
 
 def free_ports(count: int) -> list[int]:
@@ -79,37 +121,68 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a Ray cluster of two nodes."""
+def nodes() -> Iterator[Nodes]:
+    """With one memory node, at 127.0.0.2."""
     command = [sys.executable, "-W", "ignore", "-c", NODES]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    nodes = subprocess.Popen(
+    process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert nodes.stdin is not None
-    assert nodes.stdout is not None
     try:
-        found = nodes.stdout.readline().strip()
-        assert ":" in found
-        yield found
+        with closing(Nodes(process)) as found:
+            found.tell("add", "127.0.0.2")
+            yield found
+        process.wait(60)
     finally:
-        nodes.stdin.close()
-        nodes.stdout.close()
+        process.kill()
+
+
+@dataclass
+class Service:
+    """A launcher, what it has printed, and the HTTP server that it has started."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    client: httpx.Client
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.said
         try:
-            nodes.wait(60)
-        finally:
-            nodes.kill()
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            time.sleep(0.2)
+            return False
+
+    def answers(self) -> bool:
+        body = {"model": "bundled", "prompt": "import os\n", "max_tokens": 4, "temperature": 0}
+        if not self.ready():
+            return False
+        try:
+            answer = self.client.post("/v1/completions", json=body)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def ends(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0, self.said
 
 
 @contextmanager
-def launched(file: Path, address: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """The launcher, and the file of its output."""
-    output = file.parent / "output"
-    command = [sys.executable, "-m", "lamina_jax.launch", "ray", "--cluster", str(file), "--address", address]
+def launched(folder: Path, text: str, nodes: Nodes, port: int) -> Iterator[Service]:
+    """A cluster file, launched; it has ended when the block is left."""
+    file, output = folder / "pool.toml", folder / "output"
+    file.write_text(text)
+    command = [sys.executable, "-m", "lamina_jax.launch", "ray", "--cluster", str(file)]
     with output.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = subprocess.Popen([*command, "--address", nodes.address], stdout=stream, stderr=stream)
     try:
-        yield process, output
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield Service(process, output, client)
     finally:
         process.terminate()
         try:
@@ -120,7 +193,7 @@ def launched(file: Path, address: str) -> Iterator[tuple[subprocess.Popen[bytes]
 
 def pids(*words: str) -> list[int]:
     """Processes with these words on their command lines."""
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.split(maxsplit=1) for line in found.splitlines()[1:]]
     return [
         int(pid) for pid, args in lines if all(word in args for word in words) and "cluster.pin" not in args
@@ -128,50 +201,70 @@ def pids(*words: str) -> list[int]:
 
 
 def test_a_worker_that_dies_is_started_anew_and_the_service_answers_again(
-    tmp_path: Path, address: str
+    tmp_path: Path, nodes: Nodes
 ) -> None:
-    ports, file = free_ports(3), tmp_path / "pool.toml"
-    file.write_text(CLUSTER.format(*ports))
+    ports = free_ports(3)
     words = ("lamina_jax.attend", f":{ports[2]}")
-    with launched(file, address) as (process, output):
-        with httpx.Client(base_url=f"http://127.0.0.1:{ports[0]}", timeout=60) as client:
-
-            def ready() -> bool:
-                assert process.poll() is None, output.read_text()
-                try:
-                    return client.get("/ready").status_code == 200
-                except httpx.TransportError:
-                    time.sleep(0.2)
-                    return False
-
-            def answers() -> bool:
-                body = {"model": "bundled", "prompt": "import os\n", "max_tokens": 4, "temperature": 0}
-                if not ready():
-                    return False
-                answer = client.post("/v1/completions", json=body)
-                return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
-
-            assert until(answers, 200), output.read_text()
-            (first,) = pids(*words)
-            os.kill(first, signal.SIGKILL)
-            assert until(lambda: not ready(), 20), output.read_text()
-            assert until(answers, 200), output.read_text()
-            (second,) = pids(*words)
-            assert second != first
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, output.read_text()
-    assert "(worker 1 " in output.read_text()
+    with launched(tmp_path, CLUSTER.format(*ports), nodes, ports[0]) as service:
+        assert until(service.answers, START_SECONDS), service.said
+        (first,) = pids(*words)
+        os.kill(first, signal.SIGKILL)
+        assert until(lambda: not service.ready(), 20), service.said
+        assert until(service.answers, START_SECONDS), service.said
+        (second,) = pids(*words)
+        assert second != first
+        service.ends()
+    assert "(worker 1 " in service.said
     assert until(lambda: not pids(str(ports[1])), 20)
 
 
-def test_a_resource_that_no_node_has_is_named(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize("host_id", [1, 0], ids=["follower", "engine"])
+def test_a_compute_host_that_dies_is_started_anew_with_the_others(
+    tmp_path: Path, nodes: Nodes, host_id: int
+) -> None:
+    *ports, coordinator = free_ports(4)
+    text = CLUSTER.format(*ports).replace(
+        "[engine.settings]", FOLLOWER.format(coordinator) + "[engine.settings]"
+    )
+    words = ("lamina_jax.serve", f"--host-id {host_id}", f":{coordinator}")
+    with launched(tmp_path, text, nodes, ports[0]) as service:
+        assert until(service.answers, START_SECONDS), service.said
+        (first,) = pids(*words)
+        os.kill(first, signal.SIGKILL)
+        assert until(lambda: not service.ready(), 20), service.said
+        assert until(service.answers, START_SECONDS), service.said
+        (second,) = pids(*words)
+        assert second != first
+        service.ends()
+    assert "Ray starts it anew" in service.said
+
+
+def test_what_ran_on_a_lost_node_waits_for_another_and_all_goes_on_there(
+    tmp_path: Path, nodes: Nodes
+) -> None:
+    ports = free_ports(3)
+    with launched(tmp_path, CLUSTER.format(*ports), nodes, ports[0]) as service:
+        assert until(service.answers, START_SECONDS), service.said
+        assert pids("lamina_jax.attend", f"127.0.0.2:{ports[1]}")
+        nodes.tell("remove", "127.0.0.2")
+        lacking = "a node is lost; waiting for one with {'lamina_memory': 1.0} for worker 0, worker 1"
+        assert until(lambda: lacking in service.said, 60), service.said
+        assert until(lambda: not service.ready(), 60), service.said
+        nodes.tell("add", "127.0.0.3")
+        assert until(service.answers, START_SECONDS), service.said
+        assert pids("lamina_jax.attend", f"127.0.0.3:{ports[1]}")
+        service.ends()
+    assert "is on another node now: starting all anew" in service.said
+
+
+def test_a_resource_that_no_node_has_is_named(tmp_path: Path, nodes: Nodes) -> None:
     file = tmp_path / "pool.toml"
     file.write_text(CLUSTER.format(*free_ports(3)) + '[ray]\nmemory = "no_such"\n')
     code = f"""
 from lamina_jax import launch
 from lamina_jax.cluster import on_ray
 on_ray.PLACING_SECONDS = 3.0
-raise SystemExit(launch.main(["ray", "--cluster", {str(file)!r}, "--address", {address!r}]))
+raise SystemExit(launch.main(["ray", "--cluster", {str(file)!r}, "--address", {nodes.address!r}]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
