@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +43,7 @@ class FakeModel:
         return tokens[len(prompt) :]
 
 
-@dataclass(frozen=True, slots=True)
-class _Cached:
+class _Cached(NamedTuple):
     """What one slot of a fake worker holds."""
 
     owner: int
@@ -51,17 +51,11 @@ class _Cached:
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One row as one worker sees it: its slots, and that row of what the worker is told."""
+class _Share(NamedTuple):
+    """One row as one worker sees it: the worker's slots, and that row of all that it is told."""
 
     pool: dict[int, _Cached]
-    block_table: np.ndarray
-    context_len: int
-    page_index: np.ndarray
-    positions: np.ndarray
-    slots: np.ndarray
-    kept: list[int]
+    told: StepMetadata
 
 
 class FakeRunner:
@@ -122,45 +116,41 @@ class FakeRunner:
 
     def _run_microbatch(self, plan: MicrobatchPlan) -> np.ndarray:
         chosen = np.full(plan.bucket[0], -1, np.int32)
-        shares = self._shares(plan)
-        for row, request_id in enumerate(plan.request_ids):
+        for row, shares in enumerate(self._shares(plan)):
+            request_id = plan.request_ids[row] if row < len(plan.request_ids) else ""
             if not request_id:
+                assert not any(self._kept(share) for share in shares), f"padding row {row} is kept"
                 continue
             if plan.kind == "prefill" and not plan.context_lens[row]:
                 self.own(request_id, self.new_owner())
-            cached = self._cached_tokens(request_id, int(plan.context_lens[row]), shares[row])
+            cached = self._cached_tokens(request_id, int(plan.context_lens[row]), shares)
             new = self._new_tokens(plan, row)
-            self._append(request_id, new, shares[row])
+            self._append(request_id, new, shares)
             chosen[row] = self._model.next_token(cached + new)
-        for row in set(range(len(shares))) - _live_rows(plan):
-            assert not any(share.kept for share in shares[row]), f"padding row {row} is kept"
         self._last[plan.microbatch] = plan.request_ids, chosen
         return chosen
 
     def _shares(self, plan: MicrobatchPlan) -> list[list[_Share]]:
         """For each row, the workers that take part in it."""
         by_worker = [
-            self._rows_of(told, self._pools[worker]) for worker, _, told in self._partition.split(plan)
+            [_Share(self._pools[worker], StepMetadata(*row)) for row in zip(*told, strict=True)]
+            for worker, _, told in self._partition.split(plan)
         ]
         if self._partition.kind == "requests":
             return [[row] for rows in by_worker for row in rows]
         return [list(row) for row in zip(*by_worker, strict=True)]
 
-    def _rows_of(self, told: StepMetadata, pool: dict[int, _Cached]) -> list[_Share]:
-        """What a worker is told, row by row."""
-        _, width = told.slots.shape
-        kept: list[list[int]] = [[] for _ in told.slots]
-        for token in self._partition.kept(told.slots).tolist():
-            kept[token // width].append(token % width)
-        rows = zip(told.block_tables, told.context_lens.tolist(), *told[2:], kept, strict=True)
-        return [_Share(pool, *row) for row in rows]
+    def _kept(self, share: _Share) -> list[int]:
+        """Which of the row's tokens the worker keeps."""
+        return self._partition.kept(share.told.slots).tolist()
 
     def _cached_tokens(self, request_id: str, length: int, shares: Sequence[_Share]) -> list[int]:
         """A row's cached tokens, merged by place, each checked to be the request's own."""
         merged: dict[int, int] = {}
         for share in shares:
-            assert share.context_len == length
-            assert (np.diff(share.page_index) > 0).all(), f"page_index {share.page_index} does not increase"
+            assert share.told.context_lens == length
+            places = share.told.page_index
+            assert (np.diff(places) > 0).all(), f"page_index {places} does not increase"
             for slot, position in self._slots_read(share):
                 found = share.pool.get(slot)
                 message = f"request {request_id!r}: slot {slot} holds {found}, not its position {position}"
@@ -174,9 +164,10 @@ class FakeRunner:
 
     def _slots_read(self, share: _Share) -> Iterator[tuple[int, int]]:
         """(slot, position) of each cached token that a worker's pages of a row should hold."""
-        size = self._partition.page_size
-        for page, place in zip(share.block_table.tolist(), share.page_index.tolist(), strict=True):
-            for offset in range(min(size, share.context_len - place * size)):
+        size, length = self._partition.page_size, int(share.told.context_lens)
+        tables = share.told.block_tables.tolist(), share.told.page_index.tolist()
+        for page, place in zip(*tables, strict=True):
+            for offset in range(min(size, length - place * size)):
                 yield page * size + offset, place * size + offset
 
     def _new_tokens(self, plan: MicrobatchPlan, row: int) -> list[int]:
@@ -192,14 +183,14 @@ class FakeRunner:
         return [int(chosen[source])]
 
     def _append(self, request_id: str, tokens: Sequence[int], shares: Sequence[_Share]) -> None:
-        kept = sorted(i for share in shares for i in share.kept)
+        kept = sorted(i for share in shares for i in self._kept(share))
         assert kept == list(range(len(tokens))), (
             f"request {request_id!r}: of {len(tokens)} new tokens, numbers {kept} are kept"
         )
         for share in shares:
-            for i in share.kept:
-                position = int(share.positions[i])
-                share.pool[int(share.slots[i])] = _Cached(self._owners[request_id], position, tokens[i])
+            for i in self._kept(share):
+                position = int(share.told.positions[i])
+                share.pool[int(share.told.slots[i])] = _Cached(self._owners[request_id], position, tokens[i])
 
 
 @dataclass(frozen=True)
@@ -268,7 +259,3 @@ def _made_up(chosen: np.ndarray) -> TokenLogprobs:
     return TokenLogprobs(
         chosen=top[:, 0], ranks=np.ones_like(chosen), top_ids=np.maximum(chosen[:, None] - places, 0), top=top
     )
-
-
-def _live_rows(plan: MicrobatchPlan) -> set[int]:
-    return {row for row, request_id in enumerate(plan.request_ids) if request_id}
