@@ -30,15 +30,7 @@ _HOME = {
     "slice_at_attention": "lamina_jax.slicing",
 }
 
-__all__ = [
-    "LLM",
-    "ConfigError",
-    "RequestOutput",
-    "SamplingParams",
-    "attention",
-    "merge",
-    "slice_at_attention",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
