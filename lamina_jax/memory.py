@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from lamina_jax.config import ConfigError
+from lamina_jax.memory_groups import left_in_groups
 
 ACCELERATOR_FRACTION = 0.9
 HOST_FRACTION = 0.4
@@ -53,10 +54,10 @@ def unused_memory(devices: Sequence[jax.Device]) -> int:
 
 
 def host_memory() -> int:
-    """Bytes of main memory that are free to use."""
+    """Bytes of main memory that are free to use: no more than this container, pod or job may still take."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return min([int(fields["MemAvailable"].split()[0]) * 1024, *left_in_groups()])
     except (OSError, KeyError):
         raise ConfigError("cannot tell how much memory this machine has: set num_pages") from None
