@@ -26,14 +26,14 @@ def pages_struct(geometry: CacheGeometry, sharding: Sharding) -> Any:
     return jax.tree.map(placed, jax.eval_shape(_zeros(geometry, sharding)))
 
 
-def stored_struct(geometry: CacheGeometry, sharding: Sharding, tokens: int) -> Any:
-    """Shapes and dtypes of what the pages of one layer hold of some tokens: arrays [T, 2, K, ...]."""
+def stored_struct(pages: Any, tokens: int) -> Any:
+    """Shapes and dtypes of what such pages of one layer hold of some tokens: arrays [T, 2, K, ...]."""
 
     def of_tokens(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         _, two, heads, _, *rest = array.shape
-        return jax.ShapeDtypeStruct((tokens, two, heads, *rest), array.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((tokens, two, heads, *rest), array.dtype, sharding=array.sharding)
 
-    return jax.tree.map(of_tokens, pages_struct(geometry, sharding))
+    return jax.tree.map(of_tokens, pages)
 
 
 def make_pages(geometry: CacheGeometry, sharding: Sharding) -> list[Pages]:

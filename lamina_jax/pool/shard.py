@@ -166,6 +166,7 @@ class AttentionShard:
         self._pieces, self._copies = pieces, copies
         self._kinds, self._window_sizes = kinds, windows
         self._place = SingleDeviceSharding(device)
+        self._layer = pages_struct(geometry, self._place)
         platform = kernel_platform(geometry, device.platform, native=native)
         self._kernels = Kernels(geometry, platform, cached_part or paged_attention, pieces, copies)
         self.pages: list[Pages] = []
@@ -234,9 +235,8 @@ class AttentionShard:
 
     def stored_job(self, tokens: int) -> Job:
         """What compiles the program that keeps T = `tokens` tokens of other pages."""
-        pages = pages_struct(self.geometry, self._place)
         slots = jax.ShapeDtypeStruct((tokens,), np.int32, sharding=self._place)
-        inputs = (pages, stored_struct(self.geometry, self._place, tokens), slots)
+        inputs = (self._layer, stored_struct(self._layer, tokens), slots)
         keep = partial(keep_stored, platform=self._kernels.platform)
         program = self._programs["pulled", (tokens, 1), None] = Compilation(keep, inputs, donate=(0,))
         return f"pulled {tokens} on {self.device}", program.compile
@@ -244,14 +244,13 @@ class AttentionShard:
     def _plan_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         g = self.geometry
         q = jax.ShapeDtypeStruct((*bucket, g.num_heads, g.head_dim), jnp.dtype(g.wire_dtype))
-        pages, windows = pages_struct(g, self._place), tuple(dict.fromkeys(self._window_sizes))
-        return Compilation(partial(self._kernels.plans, q=q, pages=pages, windows=windows), (meta,))
+        windows = tuple(dict.fromkeys(self._window_sizes))
+        return Compilation(partial(self._kernels.plans, q=q, pages=self._layer, windows=windows), (meta,))
 
     def _append_program(self, bucket: Bucket, meta: StepMetadata) -> Compilation:
         count = self._pieces // self._copies
         kv = self._messages(count, bucket, 2 * self.geometry.num_kv_heads // count)
-        pages = pages_struct(self.geometry, self._place)
-        return Compilation(self._kernels.append, (pages, meta.slots, kv), donate=(0,))
+        return Compilation(self._kernels.append, (self._layer, meta.slots, kv), donate=(0,))
 
     def _attend_program(
         self, name: str, bucket: Bucket, kind: AttentionKind, meta: StepMetadata, plan: SplitPlan | None
@@ -260,7 +259,7 @@ class AttentionShard:
         kv_heads = 2 * g.num_kv_heads * self._copies // self._pieces if both else 0
         messages = self._messages(self._pieces, bucket, g.num_heads // self._pieces + kv_heads)
         window = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place)
-        inputs = (pages_struct(g, self._place), window, plan, meta, messages)
+        inputs = (self._layer, window, plan, meta, messages)
         if both:
             return Compilation(partial(self._kernels.append_and_attend, kind), inputs, donate=(0,))
         return Compilation(partial(self._kernels.attend, kind), inputs)
