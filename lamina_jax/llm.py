@@ -135,7 +135,10 @@ class LLM:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Give attention workers back, where there are some; `with LLM(...) as llm` does it at the end."""
+        """Give attention workers back, and end the other compute hosts, where there are some.
+
+        `with LLM(...) as llm` does it at the end.
+        """
         self.engine.close()
 
     def __enter__(self) -> LLM:

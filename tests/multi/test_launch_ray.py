@@ -65,30 +65,35 @@ drain_seconds = 5
 FOLLOWER = """
 coordinator_port = {0}
 [[engine.followers]]
-host = "a"
+host = "{1}"
 """
+
+
+def with_follower(text: str, port: int, host: str) -> str:
+    """A cluster file with a second compute host."""
+    return text.replace("[engine.settings]", FOLLOWER.format(port, host) + "[engine.settings]")
+
 
 NODES = """
 import sys
 from ray.cluster_utils import Cluster
-head = {"num_cpus": 1, "resources": {"lamina_compute": 1}, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=head)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 print(cluster.address, flush=True)
 nodes = {}
 for line in sys.stdin:
-    what, address = line.split()
-    if what == "add":
-        resources = {"lamina_memory": 1}
+    address, *sides = line.split()
+    if sides:
+        resources = {f"lamina_{side}": 1 for side in sides}
         nodes[address] = cluster.add_node(num_cpus=1, resources=resources, node_ip_address=address)
     else:
         cluster.remove_node(nodes.pop(address))
-    print(what, flush=True)
+    print("done", flush=True)
 cluster.shutdown()
 """
 
 
 class Nodes:
-    """A Ray cluster on this machine: a compute node, and memory nodes at addresses like 127.0.0.2."""
+    """A Ray cluster on this machine: a head with no resource, and nodes at addresses like 127.0.0.2."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
@@ -97,10 +102,16 @@ class Nodes:
         self.address = self._hear.readline().strip()
         assert ":" in self.address
 
-    def tell(self, what: str, address: str) -> None:
-        """ "add" or "remove" a memory node."""
-        print(what, address, file=self._say, flush=True)
-        assert self._hear.readline().strip() == what
+    def add(self, address: str, side: str) -> None:
+        """A node with the resource of a side: "compute" or "memory"."""
+        self._tell(f"{address} {side}")
+
+    def remove(self, address: str) -> None:
+        self._tell(address)
+
+    def _tell(self, line: str) -> None:
+        print(line, file=self._say, flush=True)
+        assert self._hear.readline().strip() == "done"
 
     def close(self) -> None:
         self._say.close()
@@ -122,7 +133,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    """With one memory node, at 127.0.0.2."""
+    """With a memory node, at 127.0.0.2, and two compute nodes."""
     command = [sys.executable, "-W", "ignore", "-c", NODES]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(
@@ -130,7 +141,12 @@ def nodes() -> Iterator[Nodes]:
     )
     try:
         with closing(Nodes(process)) as found:
-            found.tell("add", "127.0.0.2")
+            for address, side in (
+                ("127.0.0.2", "memory"),
+                ("127.0.0.4", "compute"),
+                ("127.0.0.5", "compute"),
+            ):
+                found.add(address, side)
             yield found
         process.wait(60)
     finally:
@@ -223,9 +239,7 @@ def test_a_compute_host_that_dies_is_started_anew_with_the_others(
     tmp_path: Path, nodes: Nodes, host_id: int
 ) -> None:
     *ports, coordinator = free_ports(4)
-    text = CLUSTER.format(*ports).replace(
-        "[engine.settings]", FOLLOWER.format(coordinator) + "[engine.settings]"
-    )
+    text = with_follower(CLUSTER.format(*ports), coordinator, "a")
     words = ("lamina_jax.serve", f"--host-id {host_id}", f":{coordinator}")
     with launched(tmp_path, text, nodes, ports[0]) as service:
         assert until(service.answers, START_SECONDS), service.said
@@ -242,19 +256,31 @@ def test_a_compute_host_that_dies_is_started_anew_with_the_others(
 def test_what_ran_on_a_lost_node_waits_for_another_and_all_goes_on_there(
     tmp_path: Path, nodes: Nodes
 ) -> None:
-    ports = free_ports(3)
-    with launched(tmp_path, CLUSTER.format(*ports), nodes, ports[0]) as service:
+    """First the node of both workers, then that of the engine, which has a follower on another one."""
+    *ports, coordinator = free_ports(4)
+    text = with_follower(CLUSTER.format(*ports), coordinator, "c").replace(
+        "[security]", 'c = "10.0.0.3"\n[security]'
+    )
+    with launched(tmp_path, text, nodes, ports[0]) as service:
         assert until(service.answers, START_SECONDS), service.said
         assert pids("lamina_jax.attend", f"127.0.0.2:{ports[1]}")
-        nodes.tell("remove", "127.0.0.2")
+        nodes.remove("127.0.0.2")
         lacking = "a node is lost; waiting for one with {'lamina_memory': 1.0} for worker 0, worker 1"
         assert until(lambda: lacking in service.said, 60), service.said
         assert until(lambda: not service.ready(), 60), service.said
-        nodes.tell("add", "127.0.0.3")
+        nodes.add("127.0.0.3", "memory")
         assert until(service.answers, START_SECONDS), service.said
         assert pids("lamina_jax.attend", f"127.0.0.3:{ports[1]}")
+
+        (old,) = (ip for ip in ("127.0.0.4", "127.0.0.5") if pids(f"--coordinator {ip}:{coordinator}"))
+        nodes.remove(old)
+        lacking = "waiting for one with {'lamina_compute': 1.0} for engine"
+        assert until(lambda: lacking in service.said, 60), service.said
+        nodes.add("127.0.0.6", "compute")
+        assert until(service.answers, START_SECONDS), service.said
+        assert pids(f"--coordinator 127.0.0.6:{coordinator}")
         service.ends()
-    assert "is on another node now: starting all anew" in service.said
+    assert service.said.count("is on another node now: starting all anew") == 2
 
 
 def test_a_resource_that_no_node_has_is_named(tmp_path: Path, nodes: Nodes) -> None:
