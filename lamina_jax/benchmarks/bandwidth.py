@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for way, settings in WAYS.items():
             bench.split(way, settings, partial(_through, rate=UNTHROTTLED, ends=ends))
         free = time_in_turn(bench.columns, rounds, args.seconds, context=args.context)
-        demand = formula(args.batch, _layers_and_attention(free[0]))
+        demand = formula(args.batch, _layers_and_attention(free[next(iter(WAYS))]))
         rates = [UNTHROTTLED, *(factor * demand for factor in sorted(factors, reverse=True))]
         for rate in rates[1:]:
             for way, settings in WAYS.items():
                 name = f"{way}, {rate / 1e6:.0f} MB/s"
                 bench.split(name, settings, partial(_through, rate=rate, ends=ends))
-        timings = time_in_turn(bench.columns, rounds, args.seconds, context=args.context)
+        timings = list(time_in_turn(bench.columns, rounds, args.seconds, context=args.context).values())
     print(f"batch {args.batch}, context {args.context}, float32; median of {rounds} rounds;")
     print(f"load average after it: {os.getloadavg()[0]:.1f} (2 are this benchmark's own)")
     demand = formula(args.batch, _layers_and_attention(timings[0]))

@@ -1,8 +1,4 @@
-"""Columns beside each other: each in a process of its own, timed in turn in the same run.
-
-The processes are timed round after round, so that a busy neighbour meets all of them alike; a figure is
-the median over the rounds.
-"""
+"""Columns beside each other: each in a process of its own, timed in turn in the same run."""
 
 from __future__ import annotations
 
@@ -14,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.rounds import in_turn, ratio, spread
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.models.shapes import QWEN3_0_6B
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -116,77 +114,57 @@ def with_cache(folder: Path | None) -> dict[str, str]:
     return {**os.environ} | ({} if folder is None else {"JAX_COMPILATION_CACHE_DIR": str(folder)})
 
 
-def time_in_turn(
-    columns: Sequence[Column], rounds: int, seconds: float, **changes: Any
-) -> list[list[dict[str, Any]]]:
-    """The timings of each column: `rounds` of them, of about `seconds` each."""
+def started(ends: ExitStack, commands: Mapping[str, list[str]]) -> list[Column]:
+    """Columns by name, ready; they end with `ends`."""
+    columns = []
+    for name, command in commands.items():
+        print(f"starting: {name}", file=sys.stderr)
+        columns.append(ends.enter_context(closing(Column(name, command))))
+    for column in columns:
+        column.line()
+    return columns
+
+
+def time_in_turn(columns: Sequence[Column], rounds: int, seconds: float, **changes: Any) -> Timings:
+    """`rounds` timings of each column, of about `seconds` each."""
     steps = [max(4, round(seconds / (column.ask(4, **changes)["seconds"] / 4))) for column in columns]
-    turns = [
-        [column.ask(count, **changes) for column, count in zip(columns, steps, strict=True)]
-        for _ in range(rounds)
-    ]
-    return [list(timings) for timings in zip(*turns, strict=True)]
+    timed = {
+        column.name: partial(column.ask, count, **changes)
+        for column, count in zip(columns, steps, strict=True)
+    }
+    return in_turn(timed, rounds)
 
 
-def compare(
-    common: dict[str, Any], rounds: int, seconds: float, extra: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Time every column.
-
-    Args:
-        common: what `lamina_jax.benchmarks.worker` is told, the same for all.
-        rounds: timings of each column, of about `seconds` each.
-        extra: more settings of the disaggregated one.
-    """
-    with ExitStack() as ends:
-        columns = []
-        for name, settings in COLUMNS.items():
-            mine = extra if name == "disaggregated" else {}
-            column = Column(name, engine_command({**common, **settings, **mine}))
-            ends.callback(column.close)
-            column.line()
-            columns.append(column)
-        timings = time_in_turn(columns, rounds, seconds)
-    return rows_of(dict(zip(COLUMNS, timings, strict=True)))
+def speeds(taken: list[dict[str, Any]]) -> list[float]:
+    """Tokens per second, round by round."""
+    return [one["tokens_per_second"] for one in taken]
 
 
-def summary(name: str, timings: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, taken: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of a column's timings."""
-    speeds = [timing["tokens_per_second"] for timing in timings]
     return {
         "column": name,
-        "tokens_per_second": statistics.median(speeds),
-        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
-        "cpus": statistics.median(timing["cpus"] for timing in timings),
+        "tokens_per_second": statistics.median(speeds(taken)),
+        "spread": spread(speeds(taken)),
+        "cpus": statistics.median(one["cpus"] for one in taken),
     }
 
 
 def rows_of(timings: Timings) -> list[dict[str, Any]]:
-    """Each column's medians and its "ratios" to all of them: the median of the rounds' ratios."""
+    """Each column's medians and its "ratios" to all of them."""
     return [
-        summary(name, taken) | {"ratios": {other: _ratio(taken, timings[other]) for other in timings}}
+        summary(name, taken)
+        | {"ratios": {other: ratio(speeds(taken), speeds(others)) for other, others in timings.items()}}
         for name, taken in timings.items()
     ]
 
 
-def _ratio(taken: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
-    pairs = zip(taken, others, strict=True)
-    return statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
-
-
-def format_rows(rows: Sequence[Mapping[str, Any]], others: Sequence[str]) -> str:
+def format_columns(rows: Sequence[Mapping[str, Any]], others: Sequence[str]) -> str:
     """The columns as text, with their ratios to `others`."""
-    header = ["", "tokens/s", "spread", "CPUs used", *(f"of {other}" for other in others)]
-    return format_table(
-        header,
-        [
-            [
-                row["column"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['spread']:.0%}",
-                f"{row['cpus']:.2f}",
-                *(f"{row['ratios'][other]:.2f}" for other in others),
-            ]
-            for row in rows
-        ],
-    )
+    figures = [
+        ("tokens/s", "{tokens_per_second:.1f}"),
+        ("spread", "{spread:.0%}"),
+        ("CPUs used", "{cpus:.2f}"),
+    ]
+    ratios = [(f"of {other}", f"{{ratios[{other}]:.2f}}") for other in others]
+    return format_rows([("", "{column}"), *figures, *ratios], rows)

@@ -7,26 +7,26 @@ The KV cache is filled, not prefilled. Every column is a process of its own, and
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.cells import PAGE_SIZE, Cell, fit, footprint
+from lamina_jax.benchmarks.cells import PAGE_SIZE, Cell, Footprint, fit, footprint
 from lamina_jax.benchmarks.columns import (
     COLUMNS,
     RANDOM_QWEN3,
-    Column,
     Timings,
     engine_command,
-    format_rows,
+    format_columns,
     models,
     rows_of,
+    started,
     time_in_turn,
 )
 from lamina_jax.benchmarks.quick import add_quick
@@ -124,134 +124,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=KERNELS,
         help="instead: native kernels of the CPU beside XLA's",
     )
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
     add_reference_python(parser)
     add_llama_batched_bench(parser)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table per model, dtype and cell; the results as plain dicts."""
-    if args.instead and (args.settings or args.reference_python or args.llama_batched_bench):
+    if args.instead and (args.reference_python or args.llama_batched_bench):
         raise SystemExit(
-            "--settings, --reference-python and --llama-batched-bench are for the columns that --choices and "
+            "--reference-python and --llama-batched-bench are for the columns that --choices and "
             "--cpu-kernels leave out: give one or the other"
         )
-    engines = args.instead or {**COLUMNS, SPLIT: {**COLUMNS[SPLIT], **args.settings}}
     if not args.instead and reference_python(args.reference_python) is None:
         print(f"no column {TRANSFORMERS}: {NO_REFERENCE}", file=sys.stderr)
     cells = [Cell(*cell) for cell in product(args.batch, args.context)]
     results = []
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for (name, folder), dtype in product(models(args.model, Path(scratch)), args.dtype):
-            found = find_model(folder)
-            outside = {} if args.instead else outside_commands(args, found, dtype, Path(scratch))
-            comparison = Comparison(found, dtype, engines, outside)
-            for cell, timings in comparison.measure(cells, args.rounds, args.seconds):
+            commands = commands_for(args, find_model(folder), dtype, Path(scratch))
+            one = footprint(find_model(folder), dtype)
+            for cell, timings in measure(commands, one, cells, args.rounds, args.seconds):
                 rows = rows_of(timings) if isinstance(timings, dict) else [{"needs_bytes": timings}]
                 results += [{"model": name, "dtype": dtype, **cell._asdict(), **row} for row in rows]
                 print(f"\n{name}, {dtype}: decode at {cell}; median of {args.rounds}")
-                print(_text(cell, timings, rows), flush=True)
+                print(_text(timings, rows), flush=True)
                 if isinstance(timings, dict) and (name, dtype) == GOAL_MODEL:
                     for goal in goals(cell, rows):
                         print(goal, flush=True)
     return results
 
 
-def outside_commands(
-    args: argparse.Namespace, folder: Path, dtype: str, scratch: Path
-) -> dict[str, list[str]]:
-    """What starts each column that is no engine of ours and is at hand; their files go to `scratch`."""
-    commands = {}
+Commands = dict[str, Callable[[Sequence[Cell]], list[str]]]
+"""What starts each column, for the cells that it is to be timed at."""
+
+
+def commands_for(args: argparse.Namespace, folder: Path, dtype: str, scratch: Path) -> Commands:
+    """The columns of one model; the files of those that are no engine of ours go to `scratch`."""
+    commands: Commands = {
+        name: partial(_engine, {"model": str(folder), "dtype": dtype, **settings})
+        for name, settings in (args.instead or COLUMNS).items()
+    }
+    if args.instead:
+        return commands
     if (python := reference_python(args.reference_python)) is not None:
         settings = {"model": str(folder), "dtype": dtype}
-        commands[TRANSFORMERS] = reference_command(python, "transformers_worker.py", settings)
+        transformers = reference_command(python, "transformers_worker.py", settings)
+        commands[TRANSFORMERS] = lambda cells: transformers
     if args.llama_batched_bench is not None:
         gguf = Path(tempfile.mkdtemp(dir=scratch)) / f"{dtype}.gguf"
-        commands[LLAMA_CPP] = llama_cpp_command(args.llama_batched_bench, folder, dtype, gguf)
+        llama_cpp = llama_cpp_command(args.llama_batched_bench, folder, dtype, gguf)
+        commands[LLAMA_CPP] = lambda cells: llama_cpp
     return commands
 
 
-class Comparison:
-    """The columns of one model.
-
-    Args:
-        folder: of the model.
-        dtype: of weights and cache.
-        engines: the settings of each column that is an engine of ours.
-        outside: what starts each column that is not.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        dtype: str,
-        engines: Mapping[str, dict[str, Any]],
-        outside: Mapping[str, list[str]],
-    ) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._engines, self._outside = engines, outside
-
-    @property
-    def names(self) -> list[str]:
-        return [*self._engines, *self._outside]
-
-    def measure(
-        self, cells: Sequence[Cell], rounds: int, seconds: float
-    ) -> Iterator[tuple[Cell, Timings | int]]:
-        """Every cell with its timings, or with the bytes that it would need."""
-        one = footprint(self._folder, self._dtype)
-        found = fit(cells, one, len(self.names), int(MEMORY_SHARE * host_memory()))
-        for cell in found.refused:
-            yield cell, one.bytes(cell)
-        yield from self._timed(self.names, found.together, rounds, seconds)
-        for cell in found.alone:
-            timings: Timings = {}
-            for name in self.names:
-                for _, one_column in self._timed([name], [cell], rounds, seconds):
-                    timings |= one_column
-            yield cell, timings
-
-    def _timed(
-        self, names: Sequence[str], cells: Sequence[Cell], rounds: int, seconds: float
-    ) -> Iterator[tuple[Cell, Timings]]:
-        """Start columns, and time them in turn at each cell."""
-        if not cells:
-            return
-        with ExitStack() as ends:
-            columns = []
-            for name in names:
-                print(f"starting: {name}", file=sys.stderr)
-                column = Column(name, self._command(name, cells))
-                ends.callback(column.close)
-                columns.append(column)
-            for column in columns:
-                column.line()
-            for cell in cells:
-                print(f"timing: {', '.join(names)} at {cell}", file=sys.stderr)
-                timings = time_in_turn(columns, rounds, seconds, **cell._asdict())
-                yield cell, dict(zip(names, timings, strict=True))
-
-    def _command(self, name: str, cells: Sequence[Cell]) -> list[str]:
-        if name in self._outside:
-            return self._outside[name]
-        batch, context = (max(sizes) for sizes in zip(*cells, strict=True))
-        common = {
-            "model": str(self._folder),
-            "dtype": self._dtype,
-            "batch": cells[0].batch,
-            "context": cells[0].context,
-            "max_num_seqs": batch,
-            "max_model_len": context + PAGE_SIZE,
-            "max_prefill_tokens": PAGE_SIZE,
-            "page_size": PAGE_SIZE,
-            "num_pages": max(cell.pages for cell in cells),
-            "memory_fraction": 1.0,  # whether it fits was asked above, of all columns together
-            "prefill_stall_ms": math.inf,
-        }
-        return engine_command({**common, **self._engines[name]})
+def _engine(settings: Mapping[str, Any], cells: Sequence[Cell]) -> list[str]:
+    batch, context = (max(sizes) for sizes in zip(*cells, strict=True))
+    common = {
+        **cells[0]._asdict(),
+        "max_num_seqs": batch,
+        "max_model_len": context + PAGE_SIZE,
+        "max_prefill_tokens": PAGE_SIZE,
+        "page_size": PAGE_SIZE,
+        "num_pages": max(cell.pages for cell in cells),
+        "memory_fraction": 1.0,  # whether it fits was asked above, of all columns together
+        "prefill_stall_ms": math.inf,
+    }
+    return engine_command({**common, **settings})
 
 
-def _text(cell: Cell, timings: Timings | int, rows: list[dict[str, Any]]) -> str:
+def measure(
+    commands: Commands, one: Footprint, cells: Sequence[Cell], rounds: int, seconds: float
+) -> Iterator[tuple[Cell, Timings | int]]:
+    """Every cell with its timings, or with the bytes that it would need; `one`: of a column."""
+    found = fit(cells, one, len(commands), int(MEMORY_SHARE * host_memory()))
+    for cell in found.refused:
+        yield cell, one.bytes(cell)
+    yield from _timed(commands, found.together, rounds, seconds)
+    for cell in found.alone:
+        timings: Timings = {}
+        for name, command in commands.items():
+            for _, one_column in _timed({name: command}, [cell], rounds, seconds):
+                timings |= one_column
+        yield cell, timings
+
+
+def _timed(
+    commands: Commands, cells: Sequence[Cell], rounds: int, seconds: float
+) -> Iterator[tuple[Cell, Timings]]:
+    """Start columns, and time them in turn at each cell."""
+    if not cells:
+        return
+    with ExitStack() as ends:
+        columns = started(ends, {name: command(cells) for name, command in commands.items()})
+        for cell in cells:
+            print(f"timing: {', '.join(commands)} at {cell}", file=sys.stderr)
+            yield cell, time_in_turn(columns, rounds, seconds, **cell._asdict())
+
+
+def _text(timings: Timings | int, rows: list[dict[str, Any]]) -> str:
     if not isinstance(timings, dict):
         return f"needs {timings / 2**30:.0f} GB, more than {MEMORY_SHARE:.0%} of what is free: not run"
     lines = [format_decode(rows)]
@@ -267,7 +237,7 @@ def format_decode(rows: Sequence[Mapping[str, Any]]) -> str:
     """The columns of one cell as text."""
     beside = (ONE, TRANSFORMERS, LLAMA_CPP, f"{ONE}, xla kernels", f"{SPLIT}, xla kernels")
     others = [other for other in beside if other in rows[0]["ratios"]]
-    return format_rows(rows, others or [SPLIT])
+    return format_columns(rows, others or [SPLIT])
 
 
 def goals(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lamina_jax.benchmarks.quick import add_quick
+from lamina_jax.benchmarks.rounds import in_turn
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.core import Request, RequestOutput, SamplingParams, StepPlan
 from lamina_jax.engine.engine import Engine
@@ -66,10 +67,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     timed[SCHEDULER] = lambda: scheduler_alone(model, BATCHES[-1], count)
     with one_core() as core:
-        seconds = {setting: [once()] for setting, once in timed.items()}
-        for _ in range(rounds - 1):
-            for setting, once in timed.items():
-                seconds[setting].append(once())
+        seconds = in_turn(timed, rounds)
     speeds = {setting: setting[1] * count / statistics.median(taken) for setting, taken in seconds.items()}
     where = "all cores" if core is None else f"core {core}"
     print(f"\ntokens/s of the engine with a model that takes no time; {where}, median of {rounds}")

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -37,7 +38,8 @@ from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.exchange_transfer import transfer_trips
 from lamina_jax.benchmarks.null_worker import DEADLINE_SECONDS, RAW_METHOD, receive_raw
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.rounds import in_turn, ratio
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.exchange.channel import Channel
 from lamina_jax.exchange.frames import Header, Kind
 from lamina_jax.exchange.grpc import GrpcChannel, stream_options
@@ -56,6 +58,20 @@ Trip = Callable[[], float]
 """One round trip; the seconds it took."""
 
 
+TABLE = [
+    ("", "{size}, {way}"),
+    ("raw", "{raw_us:.0f}"),
+    ("spread", "{raw_spread:.0%}"),
+    ("frames", "{frames_us:.0f}"),
+    ("spread", "{frames_spread:.0%}"),
+    ("of raw", "{frames_ratio:.2f}"),
+    ("arrays", "{arrays_us:.0f}"),
+    ("spread", "{arrays_spread:.0%}"),
+    ("of raw", "{arrays_ratio:.2f}"),
+    ("call", "{call_us:.0f}"),
+]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "4 KB, 64 KB and 1 MB in 20 rounds", sizes=list(SIZES)[:3], rounds=20)
     parser.set_defaults(sizes=list(SIZES))
@@ -69,7 +85,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     engine, worker = min(allowed), max(allowed)
     results = [row for name in sizes for row in _measure(name, rounds, engine, worker)]
     print(f"round trips in microseconds between cores {engine} and {worker}; median of {rounds} rounds")
-    print(_table(results))
+    print(format_rows(TABLE, results))
     for row in results:
         if row["size"] == "64 KB" and row["way"] in GOALS:
             goal, way = GOALS[row["way"]], row["way"]
@@ -126,10 +142,11 @@ def _measure(name: str, rounds: int, engine_core: int, worker_core: int) -> list
 
 def _times(trips: dict[tuple[str, str], Trip], rounds: int, count: int) -> dict[tuple[str, str], list[float]]:
     """Of each round the median of `count` trips, in microseconds. The first round warms up."""
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in trips}
-    for _ in range(rounds + 1):
-        for key, trip in trips.items():
-            times[key].append(1e6 * statistics.median(trip() for _ in range(count)))
+
+    def median(trip: Trip) -> float:
+        return 1e6 * statistics.median(trip() for _ in range(count))
+
+    times = in_turn({key: partial(median, trip) for key, trip in trips.items()}, rounds + 1)
     return {key: values[1:] for key, values in times.items()}
 
 
@@ -140,7 +157,7 @@ def _row(way: str, size: str, times: dict[str, list[float]]) -> dict[str, Any]:
         tenth = statistics.quantiles(values, n=10)
         row[f"{kind}_us"] = statistics.median(values)
         row[f"{kind}_spread"] = (tenth[-1] - tenth[0]) / row[f"{kind}_us"]
-        row[f"{kind}_ratio"] = statistics.median(a / b for a, b in zip(values, times["raw"], strict=True))
+        row[f"{kind}_ratio"] = ratio(values, times["raw"])
     return row
 
 
@@ -223,22 +240,3 @@ def _arrays(channel: Channel, query: int, answer: int) -> tuple[Trip, Trip]:
 
 def _room(header: Header) -> int:
     return header.length
-
-
-def _table(results: list[dict[str, Any]]) -> str:
-    header = ["", "raw", "spread", "frames", "spread", "of raw", "arrays", "spread", "of raw", "call"]
-    rows = []
-    for row in results:
-        cells = [f"{row['size']}, {row['way']}", f"{row['raw_us']:.0f}", f"{row['raw_spread']:.0%}"]
-        for kind in ("frames", "arrays"):
-            cells += [
-                _cell(row, f"{kind}_us", ".0f"),
-                _cell(row, f"{kind}_spread", ".0%"),
-                _cell(row, f"{kind}_ratio", ".2f"),
-            ]
-        rows.append([*cells, _cell(row, "call_us", ".0f")])
-    return format_table(header, rows)
-
-
-def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    return format(row[key], form) if key in row else ""

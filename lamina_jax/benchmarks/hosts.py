@@ -23,7 +23,7 @@ from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.server_process import cpu_seconds, descendants, serving
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.cluster.forecast import wire_bytes
 from lamina_jax.config import EngineConfig
 from lamina_jax.models import ModelConfig
@@ -150,31 +150,20 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         per_host = result["per_host"]
-        most = {name: max(host[name] for host in per_host) for name in per_host[0]}
         total = sum(host["bytes"] for host in per_host)
-        rows.append(
-            [
-                f"{result['hosts']} x {result['workers']}",
-                f"{total:,.0f}",
-                f"{result['formula']:,}",
-                f"{most['bytes']:,.0f}",
-                f"{per_host[0]['bytes'] / total:.3f}",
-                f"{most['messages']:.1f}",
-                f"{most['metadata']:,.0f}",
-                f"{most['cpu_ms']:.1f}",
-            ]
-        )
-    header = [
-        "hosts x workers",
-        "bytes, all hosts",
-        "formula",
-        "of the busiest",
-        "of host 0",
-        "messages",
-        "metadata bytes",
-        "CPU ms",
+        most = {name: max(host[name] for host in per_host) for name in per_host[0]}
+        rows.append({**result, **most, "total": total, "share": per_host[0]["bytes"] / total})
+    columns = [
+        ("hosts x workers", "{hosts} x {workers}"),
+        ("bytes, all hosts", "{total:,.0f}"),
+        ("formula", "{formula:,}"),
+        ("of the busiest", "{bytes:,.0f}"),
+        ("of host 0", "{share:.3f}"),
+        ("messages", "{messages:.1f}"),
+        ("metadata bytes", "{metadata:,.0f}"),
+        ("CPU ms", "{cpu_ms:.1f}"),
     ]
-    return format_table(header, rows)
+    return format_rows(columns, rows)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from lamina_jax.benchmarks.interference_processes import (
     start_worker,
 )
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.models.shapes import QWEN3_0_6B
 
 SHAPE = replace(
@@ -47,6 +47,16 @@ SHAPE = replace(
 """Small enough that a step of both sides on one core takes some milliseconds."""
 
 COLUMNS = ("undisturbed", "control", "inline", "pushed", "pulled")
+TABLE = [
+    ("prompts are", "{column}"),
+    ("gaps", "{gaps:,}"),
+    ("gap p50 ms", "{gap_p50_ms:.2f}"),
+    ("p99 ms", "{gap_p99_ms:.2f}"),
+    ("max ms", "{gap_max_ms:.1f}"),
+    ("p50 / control", "{p50_over_control:.2f}"),
+    ("p99 / control", "{p99_over_control:.2f}"),
+    ("TTFT p50 ms", "{ttft_p50_ms:,.0f}"),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,21 +92,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for result in results:
         for figure in ("p50", "p99"):
             result[f"{figure}_over_control"] = result[f"gap_{figure}_ms"] / control[f"gap_{figure}_ms"]
-    print(
-        format_table(
-            (
-                "prompts are",
-                "gaps",
-                "gap p50 ms",
-                "p99 ms",
-                "max ms",
-                "p50 / control",
-                "p99 / control",
-                "TTFT p50 ms",
-            ),
-            [_row(result) for result in results],
-        )
-    )
+    print(format_rows(TABLE, results))
     return results
 
 
@@ -138,26 +134,11 @@ def _processes(args: argparse.Namespace) -> Iterator[tuple[dict[str, Column], fl
 
 def _result(name: str, gaps: list[float], firsts: list[float]) -> dict[str, Any]:
     p50, p99 = np.percentile(1e3 * np.array(gaps), (50, 99)).tolist()
-    first = 1e3 * statistics.median(firsts) if firsts else None
     return {
         "column": name,
         "gaps": len(gaps),
         "gap_p50_ms": p50,
         "gap_p99_ms": p99,
         "gap_max_ms": 1e3 * max(gaps),
-        "ttft_p50_ms": first,
+        **({"ttft_p50_ms": 1e3 * statistics.median(firsts)} if firsts else {}),
     }
-
-
-def _row(result: dict[str, Any]) -> list[str]:
-    first = result["ttft_p50_ms"]
-    return [
-        result["column"],
-        f"{result['gaps']:,}",
-        f"{result['gap_p50_ms']:.2f}",
-        f"{result['gap_p99_ms']:.2f}",
-        f"{result['gap_max_ms']:.1f}",
-        f"{result['p50_over_control']:.2f}",
-        f"{result['p99_over_control']:.2f}",
-        "" if first is None else f"{first:,.0f}",
-    ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from lamina_jax.benchmarks.kernel_columns import OTHERS_DTYPE, Columns, KernelCo
 from lamina_jax.benchmarks.kernel_goals import goals
 from lamina_jax.benchmarks.kernel_passes import DTYPES, Cell, Pass, Shape
 from lamina_jax.benchmarks.quick import add_quick
+from lamina_jax.benchmarks.rounds import in_turn, ratio, spread
 from lamina_jax.benchmarks.table import format_table
 from lamina_jax.compilation_cache import keep_programs
 from lamina_jax.memory import available_memory
@@ -110,11 +112,11 @@ def measure(
     made = [(column, _warm(column, cell)) for column in (*columns.ours(), *columns.others())]
     passes = [one for _, one in made if isinstance(one, Pass)]
     counts = [max(1, round(seconds / (one.calls * one.seconds_per_call(1)))) for one in passes]
-    rates, times = [], {(one.name, one.dtype): list[float]() for one in passes}
-    for _ in range(rounds):
-        rates.append(memory())
-        for one, count in zip(passes, counts, strict=True):
-            times[one.name, one.dtype].append(one.seconds_per_call(count))
+    timed: dict[tuple[str, str], Callable[[], float]] = {("memory", ""): memory}
+    for one, count in zip(passes, counts, strict=True):
+        timed[one.name, one.dtype] = partial(one.seconds_per_call, count)
+    times = in_turn(timed, rounds)
+    rates = times.pop(("memory", ""))
     cell_bytes = cell.batch * cell.context * columns.shape.token_bytes("bfloat16")
     rows = [_figures(one, times, rates) if isinstance(one, Pass) else {"error": one} for _, one in made]
     return [
@@ -158,10 +160,10 @@ def _figures(
         "bytes_per_second": one.num_bytes / statistics.median(mine),
         "device_bytes_per_second": statistics.median(rates),
         "share": statistics.median(shares),
-        "spread": (max(shares) - min(shares)) / statistics.median(shares),
+        "spread": spread(shares),
     }
     if bfloat16:
-        figures["of_bfloat16"] = statistics.median(b / a for a, b in zip(mine, bfloat16, strict=True))
+        figures["of_bfloat16"] = ratio(bfloat16, mine)
     return figures
 
 

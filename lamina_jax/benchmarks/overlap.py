@@ -14,17 +14,18 @@ from typing import Any
 
 from lamina_jax.benchmarks import overlap_gain
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
-from lamina_jax.benchmarks.columns import Column, summary, time_in_turn
+from lamina_jax.benchmarks.columns import Column, speeds, summary, time_in_turn
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.rounds import ratio
+from lamina_jax.benchmarks.table import format_rows, format_table
 from lamina_jax.benchmarks.two_cores import Bench, balanced_context, whole_pages, xla_threads
 
 LONGEST = 1024
-GOALS = {"two / one": 1.8, "two / collocated": 0.95}
 HOP_GOAL_MICROSECONDS = 50
 HOP_BATCHES = 8, 64
 
 ONE, TWO, COLLOCATED = "one", "two", "collocated"
+GOALS = {f"{TWO} / {ONE}": 1.8, f"{TWO} / {COLLOCATED}": 0.95}
 SPLIT = {
     f"{name}, overlap {overlap}": {"microbatches": n, "overlap": overlap}
     for name, n in ((ONE, 1), (TWO, 2))
@@ -74,24 +75,18 @@ def _measure(bench: Bench, rounds: int, seconds: float, context: int) -> dict[st
     """All columns at one context; a ratio is the median of the rounds' ratios of the better columns;
     that of their fastest rounds says what it is where neighbours were quiet for that long."""
     timings = time_in_turn(bench.columns, rounds, seconds, context=context)
-    names = [column.name for column in bench.columns]
-    columns = {name: _figures(name, taken) for name, taken in zip(names, timings, strict=True)}
+    columns = {name: _figures(name, taken) for name, taken in timings.items()}
     best = {
         kind: max(
-            (column for column in columns.values() if column["column"].startswith(kind)),
-            key=lambda column: column["tokens_per_second"],
-        )["column"]
+            (name for name in columns if name.startswith(kind)),
+            key=lambda name: columns[name]["tokens_per_second"],
+        )
         for kind in (ONE, TWO, COLLOCATED)
     }
-    speeds = {
-        kind: [taken["tokens_per_second"] for taken in timings[names.index(name)]]
-        for kind, name in best.items()
-    }
-    ratios = {
-        f"{TWO} / {kind}": statistics.median(a / b for a, b in zip(speeds[TWO], speeds[kind], strict=True))
-        for kind in (ONE, COLLOCATED)
-    }
-    fastest = {f"{name}, fastest rounds": max(speeds[TWO]) / max(speeds[name.split()[-1]]) for name in GOALS}
+    of = {f"{TWO} / {kind}": speeds(timings[name]) for kind, name in best.items()}
+    two = speeds(timings[best[TWO]])
+    ratios = {name: ratio(two, of[name]) for name in GOALS}
+    fastest = {f"{name}, fastest rounds": max(two) / max(of[name]) for name in GOALS}
     return {"context": context, "columns": list(columns.values()), "best": best, **ratios, **fastest}
 
 
@@ -142,18 +137,9 @@ def _print(results: list[dict[str, Any]], balanced: int, batch: int, rounds: int
 
 
 def _columns_table(columns: list[dict[str, Any]]) -> str:
-    header = ["", "tokens/s", "spread", "step", *(name.replace("_", " ") for name in TIMED)]
-    rows = [
-        [
-            column["column"],
-            f"{column['tokens_per_second']:.0f}",
-            f"{column['spread']:.0%}",
-            f"{column['step_ms']:.1f}",
-            *(f"{column[f'{name}_ms']:.1f}" if f"{name}_ms" in column else "" for name in TIMED),
-        ]
-        for column in columns
-    ]
-    return format_table(header, rows)
+    speeds = [("", "{column}"), ("tokens/s", "{tokens_per_second:.0f}"), ("spread", "{spread:.0%}")]
+    times = [(name.replace("_", " "), f"{{{name}_ms:.1f}}") for name in ("step", *TIMED)]
+    return format_rows([*speeds, *times], columns)
 
 
 def _contexts_table(results: list[dict[str, Any]]) -> str:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
-from lamina_jax.benchmarks.columns import time_in_turn
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.columns import speeds, time_in_turn
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.benchmarks.two_cores import Bench, balanced_context
 
 PAPER = {1: "up to 13.2 %", 8: "up to 3.5 %"}
@@ -24,19 +24,16 @@ def run(batch: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Print a table; the results as plain dicts."""
     results = [_measure(G, batch, rounds, seconds) for G in PAPER]
     print(f"\nq sent before k and v are computed: batch {batch}, one microbatch; median of {rounds} rounds")
-    header = ["", "context", "off, tokens/s", "on, tokens/s", "gain", "quartiles", "paper"]
-    rows = [
-        [
-            f"G = {one['G']}",
-            str(one["context"]),
-            *(f"{one[overlap]:.0f}" for overlap in ("off", "on")),
-            f"{one['gain']:.1%}",
-            "{:.1%} .. {:.1%}".format(*one["quartiles"]),
-            PAPER[one["G"]],
-        ]
-        for one in results
+    columns = [
+        ("", "G = {G}"),
+        ("context", "{context}"),
+        ("off, tokens/s", "{off:.0f}"),
+        ("on, tokens/s", "{on:.0f}"),
+        ("gain", "{gain:.1%}"),
+        ("quartiles", "{quartiles[0]:.1%} .. {quartiles[1]:.1%}"),
+        ("paper", "{paper}"),
     ]
-    print(format_table(header, rows), flush=True)
+    print(format_rows(columns, [{**one, "paper": PAPER[one["G"]]} for one in results]), flush=True)
     return results
 
 
@@ -48,11 +45,9 @@ def _measure(G: int, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
         for overlap in ("off", "on"):
             bench.split(f"G = {G}, overlap {overlap}", {"microbatches": 1, "overlap": overlap})
         context = balanced_context(bench.columns[0], longest)
-        off, on = (
-            [taken["tokens_per_second"] for taken in timings]
-            for timings in time_in_turn(bench.columns, rounds, seconds, context=context)
-        )
+        timings = time_in_turn(bench.columns, rounds, seconds, context=context)
+    off, on = map(speeds, timings.values())
     gains = [b / a - 1 for a, b in zip(off, on, strict=True)]
     lower, gain, upper = statistics.quantiles(gains, n=4)
-    speeds = {"off": statistics.median(off), "on": statistics.median(on)}
-    return {"G": G, "context": context, **speeds, "gain": gain, "quartiles": (lower, upper)}
+    medians = {"off": statistics.median(off), "on": statistics.median(on)}
+    return {"G": G, "context": context, **medians, "gain": gain, "quartiles": (lower, upper)}

@@ -27,7 +27,7 @@ from lamina_jax.benchmarks.reference import (
     reference_command,
     reference_python,
 )
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.benchmarks.windows import Window, windows
 from lamina_jax.core import SamplingParams
 from lamina_jax.llm import LLM
@@ -180,17 +180,16 @@ def score_by_reference(python: str, folder: Path, dtype: str, cut: Sequence[Wind
 
 def table(results: Sequence[dict[str, Any]], counted: int) -> str:
     """A row for each result; NLL in nats per token, and how far it is from the first row's."""
-    header = ["", "weights", "KV cache", "perplexity", "NLL", "to the first", "tokens/s"]
-    rows = [
-        [
-            result["placement"],
-            result["dtype"],
-            result.get("kv_dtype", ""),
-            f"{result['perplexity']:.4f}",
-            f"{result['nll']:.5f}",
-            f"{result['nll'] - results[0]['nll']:+.5f}",
-            f"{counted / result['seconds']:.0f}",
-        ]
-        for result in results
+    columns = [
+        ("", "{placement}"),
+        ("weights", "{dtype}"),
+        ("KV cache", "{kv_dtype}"),
+        ("perplexity", "{perplexity:.4f}"),
+        ("NLL", "{nll:.5f}"),
+        ("to the first", "{more:+.5f}"),
+        ("tokens/s", "{speed:.0f}"),
     ]
-    return format_table(header, rows)
+    first = results[0]["nll"]
+    return format_rows(
+        columns, [{**row, "more": row["nll"] - first, "speed": counted / row["seconds"]} for row in results]
+    )

@@ -7,13 +7,22 @@ runs; the later chunks read what the earlier ones cached. See `lamina_jax.benchm
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.columns import COLUMNS, RANDOM_QWEN3, compare, format_rows, models
+from lamina_jax.benchmarks.columns import (
+    COLUMNS,
+    RANDOM_QWEN3,
+    engine_command,
+    format_columns,
+    models,
+    rows_of,
+    started,
+    time_in_turn,
+)
 from lamina_jax.benchmarks.quick import add_quick
 
 COLLOCATED = list(COLUMNS)[:2]
@@ -33,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["bundled", RANDOM_QWEN3],
         help=f"folders, 'bundled', or {RANDOM_QWEN3}: random weights of that shape (default: these two)",
     )
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON for the disaggregated column")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,10 +51,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         for name, folder in models(args.model, Path(scratch)):
             for prompt in prompts:
-                cell = compare(_worker(folder, prompt, args.chunk), rounds, args.seconds, args.settings)
+                common = _worker(folder, prompt, args.chunk)
+                with ExitStack() as ends:
+                    commands = {name: engine_command({**common, **mine}) for name, mine in COLUMNS.items()}
+                    cell = rows_of(time_in_turn(started(ends, commands), rounds, args.seconds))
                 results += [{"model": name, "prompt": prompt, "chunk": args.chunk, **row} for row in cell]
                 print(f"\n{name}: prefill of {prompt} tokens in chunks of {args.chunk}; median of {rounds}")
-                print(format_rows(cell, COLLOCATED), flush=True)
+                print(format_columns(cell, COLLOCATED), flush=True)
     return results
 
 

@@ -22,7 +22,8 @@ from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.rounds import in_turn
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.benchmarks.worker import decode_plans, run_steps
 from lamina_jax.compilation import compile_all
 from lamina_jax.config import EngineConfig
@@ -68,21 +69,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="lamina-bench-") as scratch:
         folder = args.model or str(random_checkpoint(QWEN3_0_6B, Path(scratch)))
         timed = _timed(folder, args.batch, args.context)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(args.rounds):
-        for name, once in timed.items():
-            seconds[name].append(once())
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    step = medians.pop("decode step")
+    medians = {name: statistics.median(times) for name, times in in_turn(timed, args.rounds).items()}
+    step = medians["decode step"]
     where = f"batch {args.batch}, context {args.context}"
     print(f"\na decode step at {where}: {1e3 * step:.0f} ms; median of {args.rounds}")
-    rows = [[name, f"{1e3 * median:.1f}", f"{median / step:.1%}"] for name, median in medians.items()]
-    print(format_table(["sampler", "ms", "of a step"], rows))
-    medians = {"decode step": step, **medians}
-    return [
+    results = [
         {"setting": name, "milliseconds": 1e3 * median, "share": median / step}
         for name, median in medians.items()
     ]
+    columns = [("sampler", "{setting}"), ("ms", "{milliseconds:.1f}"), ("of a step", "{share:.1%}")]
+    print(format_rows(columns, results[1:]))
+    return results
 
 
 def _timed(folder: str, batch: int, context: int) -> dict[str, Callable[[], float]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -15,6 +16,26 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([cells[0].ljust(widths[0]), *others]) if first else "  ".join(others)
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def format_rows(columns: Sequence[tuple[str, str]], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A row of text for each of `rows`.
+
+    Args:
+        columns: the header of each, and a format of a row's values, such as "{share:.2f}". A cell is empty
+            where the row lacks one of them, and "-" where that is None.
+    """
+
+    def cell(form: str, row: Mapping[str, Any]) -> str:
+        try:
+            return form.format_map(row)
+        except KeyError:
+            return ""
+        except TypeError:  # None takes no format
+            return "-"
+
+    header = [name for name, _ in columns]
+    return format_table(header, [[cell(form, row) for _, form in columns] for row in rows])
 
 
 def plotter(module: str) -> Callable[..., None]:
