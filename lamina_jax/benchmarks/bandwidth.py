@@ -20,10 +20,11 @@ from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
+from lamina_jax.benchmarks.processes import Listening
 from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.tcp_proxy import Proxy
-from lamina_jax.benchmarks.two_cores import Bench, PinnedWorker, whole_pages
+from lamina_jax.benchmarks.two_cores import Bench, whole_pages
 
 ALPHA = 0.2
 FACTORS = 0.25, 0.5, 1.0, 2.0, 4.0
@@ -90,7 +91,7 @@ def _layers_and_attention(taken: list[dict[str, Any]]) -> float:
     )
 
 
-def _through(worker: PinnedWorker, *, rate: float, ends: ExitStack) -> str:
+def _through(worker: Listening, *, rate: float, ends: ExitStack) -> str:
     """The worker's address behind two proxies, of which the one for data is throttled."""
     control = Proxy(f"{PROXY_HOST}:0", f"127.0.0.1:{worker.port}")
     limit = None if rate == UNTHROTTLED else rate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
+from lamina_jax.benchmarks.processes import pinned, with_cache
 from lamina_jax.benchmarks.rounds import in_turn, ratio, spread
 from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.models.shapes import QWEN3_0_6B
@@ -99,19 +99,6 @@ class Column:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-def pinned(command: list[str], cores: str | None) -> list[str]:
-    """`command` on some cores only, so that XLA sees no others; ends with this process."""
-    if cores is None:
-        return command
-    pin = [sys.executable, "-m", "lamina_jax.cluster.pin", "--parent", str(os.getpid()), "--cores", cores]
-    return [*pin, "--", *command]
-
-
-def with_cache(folder: Path | None) -> dict[str, str]:
-    """The environment in which compiled programs are kept in `folder`; None: where they always are."""
-    return {**os.environ} | ({} if folder is None else {"JAX_COMPILATION_CACHE_DIR": str(folder)})
 
 
 def started(ends: ExitStack, commands: Mapping[str, list[str]]) -> list[Column]:

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -104,12 +104,10 @@ def _measure(name: str, rounds: int, engine_core: int, worker_core: int) -> list
     with ExitStack() as ends:
         folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="lamina-bench-"))
         command = [sys.executable, "-m", "lamina_jax.benchmarks.null_worker", folder, str(query), str(answer)]
-        worker = Column("null worker", command, str(worker_core))
-        ends.callback(worker.close)
+        worker = ends.enter_context(closing(Column("null worker", command, str(worker_core))))
         devices_at = f"{folder}/devices"
         command = [*_NULL_TRANSFER, devices_at, str(query), str(answer)]
-        devices = Column("null transfer worker", command, str(worker_core))
-        ends.callback(devices.close)
+        devices = ends.enter_context(closing(Column("null transfer worker", command, str(worker_core))))
         raw_port, frames_port, grpc_port = map(int, worker.line().split())
         ends.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         os.sched_setaffinity(0, {engine_core})

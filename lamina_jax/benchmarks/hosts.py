@@ -8,48 +8,46 @@ adds is steps of decoding alone.
 from __future__ import annotations
 
 import argparse
-import json
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lamina_jax.benchmarks.checkpoints import random_checkpoint
-from lamina_jax.benchmarks.server_process import cpu_seconds, descendants, serving
+from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND, random_checkpoint
+from lamina_jax.benchmarks.processes import (
+    Listening,
+    Process,
+    ServerProcess,
+    attend_command,
+    cpu_seconds,
+    descendants,
+    running,
+)
 from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.cluster.forecast import wire_bytes
 from lamina_jax.config import EngineConfig
-from lamina_jax.models import ModelConfig
 from lamina_jax.pool.geometry import geometry_of, head_table
 
-MODEL = ModelConfig(
-    family="qwen3",
-    vocab_size=512,
+MODEL = replace(
+    COMPUTE_BOUND,
     hidden_size=512,
     intermediate_size=1024,
     num_layers=4,
     num_heads=16,
     num_kv_heads=8,
-    head_dim=64,
     max_position=1024,
-    tie_embeddings=True,
-    dtype="float32",
 )
 FLAGS = ("--max-model-len", "256", "--page-size", "16", "--prefill-stall-ms", "inf", "--microbatches", "1")
 BATCH, TOKENS = 8, 64
 
 TRAFFIC_SECONDS = 1.5
 """Until every compute host has told host 0 what it has exchanged."""
-
-ANSWER_SECONDS = 300.0
-END_SECONDS = 10.0
 
 Counters = dict[str, float]
 
@@ -91,32 +89,22 @@ def expected_bytes(hosts: int, workers: int, partition: str) -> int:
 
 def measure(model: str, hosts: int, workers: int, partition: str) -> list[Counters]:
     """Of each compute host, per step: tensor bytes and messages, metadata bytes, CPU milliseconds."""
-    ports = free_ports(workers + 1)
-    coordinator, *addresses = (f"127.0.0.1:{port}" for port in ports)
-    flags = [
-        *FLAGS,
-        "--max-num-seqs",
-        str(BATCH),
-        "--attention",
-        ",".join(addresses),
-        "--partition",
-        partition,
-    ]
+    flags = [*FLAGS, "--max-num-seqs", str(BATCH), "--partition", partition]
     with ExitStack() as ends:
-        for address in addresses:
-            attend = ["attend", "--listen", address, "--devices", "cpu:0", "--memory-fraction", "0.05"]
-            ends.enter_context(running(*attend))
+        pool = [Listening(attend_command(0.05)) for _ in range(workers)]
+        for worker in pool:
+            ends.enter_context(running(worker))
+        flags += ["--attention", ",".join(f"127.0.0.1:{worker.port}" for worker in pool)]
         followers = []
         if hosts > 1:
-            flags += ["--coordinator", coordinator, "--num-hosts", str(hosts)]
-            followers = [
-                ends.enter_context(running("serve", model, *flags, "--host-id", str(host)))
-                for host in range(1, hosts)
-            ]
-            flags += ["--host-id", "0"]
-        server = ends.enter_context(serving(model, flags))
-        engines = [descendants(server.process.pid)[0], *(follower.pid for follower in followers)]
-        counted = [counters(server.url, engines, tokens) for tokens in (TOKENS, TOKENS, 2 * TOKENS)]
+            flags += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(hosts), "--host-id"]
+            serve = [sys.executable, "-m", "lamina_jax.serve", model, *flags]
+            commands = [[*serve, str(host)] for host in range(1, hosts)]
+            followers = [ends.enter_context(running(Process(command))) for command in commands]
+            flags += ["0"]
+        server = ends.enter_context(running(ServerProcess(model, flags)))
+        engines = [descendants(server.process.pid)[0], *(follower.process.pid for follower in followers)]
+        counted = [counters(server, engines, tokens) for tokens in (TOKENS, TOKENS, 2 * TOKENS)]
     return [decoding(*host) for host in zip(*counted, strict=True)]
 
 
@@ -126,12 +114,13 @@ def decoding(warm: Counters, once: Counters, twice: Counters) -> Counters:
     return {name: value / added["steps"] for name, value in added.items() if name != "steps"}
 
 
-def counters(url: str, engines: Sequence[int], tokens: int) -> list[Counters]:
+def counters(server: ServerProcess, engines: Sequence[int], tokens: int) -> list[Counters]:
     """After a batch of so many tokens each, the sums so far of each host, whose processes are `engines`."""
     body = {"prompt": [1, 2, 3], "n": BATCH, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-    fetch(f"{url}/v1/completions", {**body, "model": fetch(f"{url}/v1/models")["data"][0]["id"]})
+    model = server.fetch("/v1/models")["data"][0]["id"]
+    server.fetch("/v1/completions", {**body, "model": model})
     time.sleep(TRAFFIC_SECONDS)
-    stats = fetch(f"{url}/stats")
+    stats = server.fetch("/stats")
     found = stats.get("compute_hosts") or [stats]
     return [
         {
@@ -166,37 +155,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return format_rows(columns, rows)
 
 
-@contextmanager
-def running(module: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of ours, quiet unless it fails; ends with the block."""
-    command = [sys.executable, "-m", f"lamina_jax.{module}", *arguments]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
-        try:
-            yield process
-        except BaseException:
-            said.seek(0)
-            sys.stderr.write(said.read()[-4096:].decode(errors="replace"))
-            raise
-        finally:
-            process.terminate()
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(END_SECONDS)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on now."""
-    with ExitStack() as held:
-        taken = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in taken]
-
-
-def fetch(url: str, body: dict[str, Any] | None = None) -> Any:
-    """The JSON that a GET, or a POST of `body`, gives."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-        return json.load(answer)
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]

@@ -11,17 +11,19 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from lamina_jax.benchmarks.columns import Column
+from lamina_jax.benchmarks.columns import Column, started
 from lamina_jax.benchmarks.latencies import Record, spread, summary
-from lamina_jax.benchmarks.server_process import ServerProcess, serving
-from lamina_jax.benchmarks.table import format_table
+from lamina_jax.benchmarks.processes import ServerProcess, running
+from lamina_jax.benchmarks.rounds import in_turn
+from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.benchmarks.workload import Planned, made_up, with_prompts
 
 STREAMS = (1, 64, 500)
@@ -34,7 +36,24 @@ GOAL_STREAMS, GOAL = 64, 2.0
 PROMPT_TOKENS = 32
 WARM_UP_TOKENS = 8
 
-Figures = dict[str, float | None]
+Figures = dict[str, Any]
+
+TABLE = [
+    ("streams", "{streams}"),
+    ("", "{way}"),
+    ("tokens/s", "{tokens_per_second:.0f}"),
+    ("gap p50, ms", "{p50_ms:.2f}"),
+    ("p99", "{p99_ms:.2f}"),
+    ("of alone", "{p99_ratio:.2f}"),
+    ("steady p99", "{steady_p99_ms:.2f}"),
+    ("of alone", "{steady_p99_ratio:.2f}"),
+    ("us/token", "{microseconds_per_token:.0f}"),
+]
+CPU_TABLE = [
+    ("streams", "{streams}"),
+    ("engine alone", "{alone[engine_cpu_us]:.0f}"),
+    *((process, f"{{http[{process}_cpu_us]:.0f}}") for process in ("engine", "server", "client")),
+]
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -47,43 +66,30 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rounds", type=int, default=5, help="timings of each (default 5)")
 
 
-class EngineAlone(Column):
-    """`lamina_jax.benchmarks.engine_alone` as a process."""
-
-    def __init__(self, model: str, flags: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "lamina_jax.benchmarks.engine_alone", model, *flags]
-        super().__init__("engine alone", command)
-
-    def take(self, requests: Sequence[Planned]) -> Figures:
-        """The figures of requests that are submitted at once; see `figures`."""
-        prompts, max_tokens = [request.prompt for request in requests], requests[0].max_tokens
-        took = self.answer({"prompts": prompts, "max_tokens": max_tokens})
-        records = [
-            Record(sent=0.0, prompt_tokens=len(request.prompt), arrivals=arrivals, counts=counts)
-            for request, arrivals, counts in zip(requests, took["arrivals"], took["counts"], strict=True)
-        ]
-        return figures(records, {"engine": took["cpu_seconds"]})
+def through_engine(column: Column, requests: Sequence[Planned]) -> Figures:
+    """The figures of requests that are submitted at once to `lamina_jax.benchmarks.engine_alone`."""
+    prompts, max_tokens = [request.prompt for request in requests], requests[0].max_tokens
+    took = column.answer({"prompts": prompts, "max_tokens": max_tokens})
+    records = [
+        Record(sent=0.0, prompt_tokens=len(prompt), arrivals=arrivals, counts=counts)
+        for prompt, arrivals, counts in zip(prompts, took["arrivals"], took["counts"], strict=True)
+    ]
+    return figures(records, {"engine": took["cpu_seconds"]})
 
 
-class ThroughHTTP:
-    """The same requests, sent to a server."""
+def through_http(server: ServerProcess, requests: Sequence[Planned]) -> Figures:
+    """Those of the same requests, sent to a server."""
+    from lamina_jax.benchmarks.load_client import Target, send_all, served_model
 
-    def __init__(self, server: ServerProcess) -> None:
-        from lamina_jax.benchmarks.load_client import Target, send_all, served_model
-
-        self._server, self._send = server, send_all
-        self._target = Target(url=server.url, model=served_model(server.url)["id"], ignore_eos=True)
-
-    def take(self, requests: Sequence[Planned]) -> Figures:
-        """Their figures."""
-        before, client = self._server.cpu_seconds(), time.process_time()
-        records, _ = self._send(self._target, requests)
-        client = time.process_time() - client
-        after = self._server.cpu_seconds()
-        failed = [record.error for record in records if record.error is not None]
-        if failed:
-            raise SystemExit(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
-        return figures(records, {"client": client} | {name: after[name] - before[name] for name in after})
+    target = Target(url=server.url, model=served_model(server.url)["id"], ignore_eos=True)
+    before, client = server.cpu_seconds(), time.process_time()
+    records, _ = send_all(target, requests)
+    client = time.process_time() - client
+    after = server.cpu_seconds()
+    failed = [record.error for record in records if record.error is not None]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
+    return figures(records, {"client": client} | {name: after[name] - before[name] for name in after})
 
 
 def figures(records: Sequence[Record], cpu_seconds: dict[str, float]) -> Figures:
@@ -124,20 +130,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, flags = args.model or "bundled", ["--max-num-seqs", str(SEATS), *args.server_flags]
     levels = []
     with ExitStack() as ends:
-        alone = EngineAlone(model, flags)
-        ends.callback(alone.close)
-        alone.line()
-        http = ThroughHTTP(ends.enter_context(serving(model, flags)))
-        ways: dict[str, Callable[[Sequence[Planned]], Figures]] = {
-            "alone": alone.take,
-            "http": http.take,
-        }
+        command = [sys.executable, "-m", "lamina_jax.benchmarks.engine_alone", model, *flags]
+        (alone,) = started(ends, {"engine alone": command})
+        server = ends.enter_context(running(ServerProcess(model, flags)))
+        ways = {"alone": partial(through_engine, alone), "http": partial(through_http, server)}
         for way in ways.values():
             way(_requests(SEATS, WARM_UP_TOKENS, args))
         for streams in args.streams:
             requests = _requests(streams, tokens, args)
-            rounds = [{name: way(requests) for name, way in ways.items()} for _ in range(args.rounds)]
-            levels.append({"streams": streams, "tokens": tokens, **_compared(rounds)})
+            taken = in_turn({name: partial(way, requests) for name, way in ways.items()}, args.rounds)
+            levels.append({"streams": streams, "tokens": tokens, **_compared(taken)})
     _print(model, levels)
     return {"levels": levels}
 
@@ -148,25 +150,23 @@ def _requests(streams: int, tokens: int, args: argparse.Namespace) -> list[Plann
     return with_prompts(shapes, args.ids_below, random)
 
 
-def _compared(rounds: Sequence[dict[str, Figures]]) -> dict[str, Any]:
+def _compared(taken: dict[str, list[Figures]]) -> dict[str, Any]:
     """Medians over the rounds: of each figure, and of how the two compare in a round."""
+    pairs = list(zip(taken["http"], taken["alone"], strict=True))
 
     def of_alone(name: str) -> float | None:
-        pairs = [(one["http"][name], one["alone"][name]) for one in rounds]
-        return _median([http / alone if http and alone else None for http, alone in pairs])
-
-    def extra(one: dict[str, Figures]) -> float:
-        http, alone = one["http"], one["alone"]
-        return 1e6 * (http["seconds"] - alone["seconds"]) / http["tokens"]  # type: ignore[operator]
+        return _median([http[name] / alone[name] for http, alone in pairs if http[name] and alone[name]])
 
     return {
         **{
-            way: {name: _median([one[way][name] for one in rounds]) for name in found}
-            for way, found in rounds[0].items()
+            way: {name: _median([one[name] for one in rounds]) for name in rounds[0]}
+            for way, rounds in taken.items()
         },
         "p99_ratio": of_alone("p99_ms"),
         "steady_p99_ratio": of_alone("steady_p99_ms"),
-        "microseconds_per_token": _median([extra(one) for one in rounds]),
+        "microseconds_per_token": _median(
+            [1e6 * (http["seconds"] - alone["seconds"]) / http["tokens"] for http, alone in pairs]
+        ),
     }
 
 
@@ -177,36 +177,16 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def _print(model: str, levels: Sequence[dict[str, Any]]) -> None:
     print(f"\n{model}: {PROMPT_TOKENS} + {levels[0]['tokens']} tokens, {SEATS} requests decoded at once")
-    header = [
-        "streams",
-        "",
-        "tokens/s",
-        "gap p50, ms",
-        "p99",
-        "of alone",
-        "steady p99",
-        "of alone",
-        "us/token",
-    ]
-    print(format_table(header, [row for level in levels for row in _rows(level)]))
+    rows: list[dict[str, Any]] = []
+    for level in levels:
+        rows.append({**level["alone"], "streams": level["streams"], "way": "engine alone"})
+        rows.append({**level, **level["http"], "way": "through HTTP"})
+    print(format_rows(TABLE, rows))
     print(
         "of alone: as a multiple of the engine's; steady: while every request streams; us/token: extra time"
     )
-    processes = {
-        "engine alone": ("alone", "engine"),
-        "engine": ("http", "engine"),
-        "server": ("http", "server"),
-        "client": ("http", "client"),
-    }
-    rows = [
-        [
-            str(level["streams"]),
-            *(f"{level[way][f'{process}_cpu_us']:.0f}" for way, process in processes.values()),
-        ]
-        for level in levels
-    ]
     print("\nCPU time per token, us")
-    print(format_table(["streams", *processes], rows))
+    print(format_rows(CPU_TABLE, levels))
     for level in levels:
         if level["streams"] == GOAL_STREAMS:
             print(
@@ -215,28 +195,3 @@ def _print(model: str, levels: Sequence[dict[str, Any]]) -> None:
             for name, ratio in (("all", level["p99_ratio"]), ("steady", level["steady_p99_ratio"])):
                 if ratio is not None:
                     print(f"  {name}: {ratio:.2f} x, {'met' if ratio <= GOAL else 'missed'}")
-
-
-def _rows(level: dict[str, Any]) -> list[list[str]]:
-    """The engine's, and HTTP's."""
-
-    def row(way: str, label: str, p99_ratio: str, steady_ratio: str, extra: str) -> list[str]:
-        one = level[way]
-        gaps = [
-            _cell(one["p50_ms"]),
-            _cell(one["p99_ms"]),
-            p99_ratio,
-            _cell(one["steady_p99_ms"]),
-            steady_ratio,
-        ]
-        return [str(level["streams"]), label, f"{one['tokens_per_second']:.0f}", *gaps, extra]
-
-    ratios = _cell(level["p99_ratio"]), _cell(level["steady_p99_ratio"])
-    return [
-        row("alone", "engine alone", "", "", ""),
-        row("http", "through HTTP", *ratios, f"{level['microseconds_per_token']:.0f}"),
-    ]
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

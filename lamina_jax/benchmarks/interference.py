@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,13 +25,13 @@ from lamina_jax.benchmarks.checkpoints import random_checkpoint
 from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.interference_processes import (
     COMPUTE_CORE,
-    PREFILL_CORE,
+    attention_worker,
     engine_command,
-    products_command,
-    start_prefill_host,
-    start_worker,
+    prefill_host,
 )
+from lamina_jax.benchmarks.processes import running
 from lamina_jax.benchmarks.quick import add_quick
+from lamina_jax.benchmarks.rounds import in_turn
 from lamina_jax.benchmarks.table import format_rows
 from lamina_jax.models.shapes import QWEN3_0_6B
 
@@ -73,21 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the table; a dict for each column."""
-    gaps: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    firsts: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    with _processes(args) as (engines, alone):
+    with ExitStack() as ends:
+        engines = _engines(ends, args)
+        alone = statistics.median(engines["pulled"].answer({"column": "alone"})["seconds"] for _ in range(5))
         print(
             f"{args.decodes} requests decode from {args.context} tokens on; prompts of {args.prompt_tokens}, "
             f"each {1e3 * alone:,.0f} ms on the prefill host; {args.rounds} rounds of {args.prompts}\n"
         )
-        for _ in range(args.rounds):
-            for name in COLUMNS:
-                taken = engines[name].answer(
-                    {"column": name, "prompts": args.prompts, "prompt_seconds": alone}
-                )
-                gaps[name] += taken["gaps"]
-                firsts[name] += taken["first_tokens"]
-    results = [_result(name, gaps[name], firsts[name]) for name in COLUMNS]
+        asked = {"prompts": args.prompts, "prompt_seconds": alone}
+        timed = {name: partial(engines[name].answer, {"column": name, **asked}) for name in COLUMNS}
+        taken = in_turn(timed, args.rounds)
+    results = [_result(name, rounds) for name, rounds in taken.items()]
     control = results[COLUMNS.index("control")]
     for result in results:
         for figure in ("p50", "p99"):
@@ -96,49 +93,36 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-@contextmanager
-def _processes(args: argparse.Namespace) -> Iterator[tuple[dict[str, Column], float]]:
-    """The engine behind each column, ready; and how long a prompt takes on the prefill host."""
-    longest = args.context + 4096
-    with ExitStack() as ends:
-        scratch = Path(ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
-        cache = scratch / "compiled"
-        settings = {
-            "model": str(random_checkpoint(SHAPE, scratch / "model")),
-            "max_num_seqs": args.decodes + 1,
-            "max_model_len": max(longest, args.prompt_tokens + 64),
-            "max_prefill_tokens": min(256, args.prompt_tokens),
-            "partition": args.partition,
-            "prefill_stall_ms": float("inf"),
-        }
-        host = start_prefill_host(ends, settings, cache)
-        products = Column("products", products_command(), PREFILL_CORE)
-        ends.callback(products.close)
-        port = int(products.line())
-        engines = {}
-        for name, prefill, at_once in (
-            ("inline", None, False),
-            ("pulled", host, False),
-            ("pushed", host, True),
-        ):
-            worker = start_worker(ends, cache, at_once=at_once)
-            mine = {**settings, "attention": worker, "prefill": prefill}
-            command = engine_command(mine, args.decodes, args.context, args.prompt_tokens, port)
-            engines[name] = Column(name, command, COMPUTE_CORE, cache)
-            ends.callback(engines[name].close)
-            engines[name].line()
-        engines["undisturbed"] = engines["control"] = engines["pulled"]
-        alone = [engines["pulled"].answer({"column": "alone"})["seconds"] for _ in range(5)]
-        yield engines, statistics.median(alone)
+def _engines(ends: ExitStack, args: argparse.Namespace) -> dict[str, Column]:
+    """The engine behind each column, ready; all processes end with `ends`."""
+    scratch = Path(ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
+    cache = scratch / "compiled"
+    settings = {
+        "model": str(random_checkpoint(SHAPE, scratch / "model")),
+        "max_num_seqs": args.decodes + 1,
+        "max_model_len": max(args.context + 4096, args.prompt_tokens + 64),
+        "max_prefill_tokens": min(256, args.prompt_tokens),
+        "partition": args.partition,
+        "prefill_stall_ms": float("inf"),
+    }
+    prefill = f"127.0.0.1:{ends.enter_context(running(prefill_host(settings, cache))).port}"
+    engines = {}
+    for name in ("inline", "pulled", "pushed"):
+        worker = ends.enter_context(running(attention_worker(cache, at_once=name == "pushed")))
+        mine = {"attention": f"127.0.0.1:{worker.port}", "prefill": None if name == "inline" else prefill}
+        command = engine_command({**settings, **mine}, args.decodes, args.context, args.prompt_tokens)
+        engines[name] = ends.enter_context(closing(Column(name, command, COMPUTE_CORE, cache)))
+        engines[name].line()
+    return {**engines, "undisturbed": engines["pulled"], "control": engines["pulled"]}
 
 
-def _result(name: str, gaps: list[float], firsts: list[float]) -> dict[str, Any]:
-    p50, p99 = np.percentile(1e3 * np.array(gaps), (50, 99)).tolist()
+def _result(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    gaps = 1e3 * np.concatenate([one["gaps"] for one in rounds])
+    firsts = 1e3 * np.concatenate([one["first_tokens"] for one in rounds])
+    p50, p99 = np.percentile(gaps, (50, 99)).tolist()
+    figures = {"gaps": len(gaps), "gap_p50_ms": p50, "gap_p99_ms": p99, "gap_max_ms": float(gaps.max())}
     return {
         "column": name,
-        "gaps": len(gaps),
-        "gap_p50_ms": p50,
-        "gap_p99_ms": p99,
-        "gap_max_ms": 1e3 * max(gaps),
-        **({"ttft_p50_ms": 1e3 * statistics.median(firsts)} if firsts else {}),
+        **figures,
+        **({"ttft_p50_ms": float(np.median(firsts))} if len(firsts) else {}),
     }

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lamina_jax.benchmarks import http_overhead
 from lamina_jax.benchmarks.latencies import FIGURES, Record, goodput, summary
+from lamina_jax.benchmarks.processes import ServerProcess, running
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.server_process import serving
 from lamina_jax.benchmarks.table import format_table, plotter
 from lamina_jax.benchmarks.workload import (
     Planned,
@@ -166,7 +166,7 @@ def _target(args: argparse.Namespace) -> Iterator[tuple[Target, int | None]]:
 
     if args.url is None:
         print("starting a server", file=sys.stderr)
-        with serving(args.model or "bundled", args.server_flags) as server:
+        with running(ServerProcess(args.model or "bundled", args.server_flags)) as server:
             yield target(server.url)
     elif args.server_flags:
         raise SystemExit(f"{' '.join(args.server_flags)}: flags for a server to be started; --url names one")

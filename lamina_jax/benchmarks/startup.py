@@ -7,17 +7,15 @@ start fills it, the second finds it full. docs/startup.md says what a phase is. 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
+from lamina_jax.benchmarks.processes import ServerProcess, running
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.server_process import ServerProcess
 from lamina_jax.benchmarks.table import format_table
 
 STARTS = ("first", "second")
@@ -60,15 +58,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def start(model: str, flags: list[str]) -> dict[str, float]:
     """One start: the seconds of each phase and their sum, and `COUNTS`."""
-    server = ServerProcess(model, flags)
-    try:
-        server.wait_ready()
+    with running(ServerProcess(model, flags)) as server:
         total = time.monotonic() - server.started
-        with urllib.request.urlopen(f"{server.url}/stats", timeout=60) as answer:
-            compiled = json.load(answer)["compiled"]
+        compiled = server.fetch("/stats")["compiled"]
         used = sum(server.cpu_seconds().values())
-    finally:
-        server.end()
     counts = (compiled["programs"], compiled["from_cache"], used)
     return {**phases(server.lines, total), "ready": total, **dict(zip(COUNTS, counts, strict=True))}
 

@@ -6,55 +6,22 @@ XLA makes as many threads as a process has cores when it starts, so that both ar
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lamina_jax.benchmarks.checkpoints import random_checkpoint
-from lamina_jax.benchmarks.columns import Column, engine_command, pinned, with_cache
+from lamina_jax.benchmarks.columns import Column, engine_command
+from lamina_jax.benchmarks.processes import Listening, attend_command, running
 from lamina_jax.models import ModelConfig
 
 ENGINE_CORE, WORKER_CORE, BOTH_CORES = "0", "1", "0-1"
 PAGE_SIZE = 64
-
-_LISTENING = re.compile(r"listening on .+ \(port (\d+), data port (\d+)\)")
-
-
-class PinnedWorker:
-    """`python -m lamina_jax.attend` on 127.0.0.1 with one device, on some cores only.
-
-    Attributes:
-        port, data_port: where it listens.
-
-    Raises:
-        SystemExit: it did not start; with what it said.
-    """
-
-    def __init__(self, cores: str, cache: Path) -> None:
-        command = [sys.executable, "-m", "lamina_jax.attend", "--listen", "127.0.0.1:0"]
-        command += ["--devices", "cpu:0", "--memory-fraction", "0.9"]
-        self.process = subprocess.Popen(
-            pinned(command, cores), stderr=subprocess.PIPE, text=True, env=with_cache(cache)
-        )
-        assert self.process.stderr is not None
-        said: deque[str] = deque(maxlen=20)
-        for line in self.process.stderr:
-            said.append(line)
-            if found := _LISTENING.search(line):
-                self.port, self.data_port = int(found[1]), int(found[2])
-                return
-        raise SystemExit(f"the attention worker ended with exit code {self.process.wait()}: {''.join(said)}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 class Bench:
@@ -93,15 +60,14 @@ class Bench:
         self._add(name, BOTH_CORES, {"placement": "collocated", **settings})
 
     def split(
-        self, name: str, settings: Mapping[str, Any], way: Callable[[PinnedWorker], str] | None = None
-    ) -> PinnedWorker:
+        self, name: str, settings: Mapping[str, Any], way: Callable[[Listening], str] | None = None
+    ) -> Listening:
         """Add a column of an engine and its worker, which is returned.
 
         Args:
             way: makes the way to the worker; its address as the engine is to know it. None: its own.
         """
-        worker = PinnedWorker(WORKER_CORE, self._cache)
-        self._ends.callback(worker.close)
+        worker = self._ends.enter_context(running(Listening(attend_command(0.9), WORKER_CORE, self._cache)))
         address = way(worker) if way else f"127.0.0.1:{worker.port}"
         self._add(name, ENGINE_CORE, {"attention": address, "timings": True, **settings})
         return worker
@@ -109,7 +75,7 @@ class Bench:
     def _add(self, name: str, cores: str, settings: dict[str, Any]) -> None:
         print(f"starting: {name}", file=sys.stderr)
         column = Column(name, engine_command({**self._common, **settings}), cores, self._cache)
-        self._ends.callback(column.close)
+        self._ends.enter_context(closing(column))
         column.line()
         self.columns.append(column)
 

@@ -15,6 +15,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count, islice
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from lamina_jax.engine.build import build_engine
 from lamina_jax.engine.collocated import CollocatedRunner
 from lamina_jax.engine.disaggregated import DisaggregatedRunner
 from lamina_jax.engine.prefill import plan_prefill
-from lamina_jax.engine.rows import LiveRequest
+from lamina_jax.engine.rows import DecodeRows, LiveRequest
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 from lamina_jax.exchange.local import LocalExchange
@@ -81,38 +83,24 @@ def run_steps(runner: ModelRunner, plans: Sequence[Step], steps: int) -> dict[st
     }
 
 
-def decode_plans(config: SchedulerConfig, batch: int, context: int) -> tuple[MicrobatchPlan, ...]:
+def decode_plans(config: SchedulerConfig, batch: int, context: int) -> Step:
     """A decode step of `batch` requests with `context` cached tokens each, over all microbatches.
 
     The same step is repeated: its tokens are written at the same place, and are fed back.
     """
-    n, page, width = config.microbatches, config.page_size, config.table_width
-    rows = batch // n
-    bucket = min(size for size in config.decode_buckets if size >= rows)
-    pages = -(-(context + 1) // page)
+    sampling, pages = SamplingParams(temperature=0), count()
     plans = []
-    for microbatch in range(n):
-        tables = np.zeros((bucket, width), np.int32)
-        tables[:rows, :pages] = microbatch * rows * pages + np.arange(rows * pages).reshape(rows, pages)
-        lengths = np.where(np.arange(bucket) < rows, context, 0).astype(np.int32)
-        slots = tables[np.arange(bucket), lengths // page] * page + lengths % page
-        plans.append(
-            MicrobatchPlan(
-                microbatch=microbatch,
-                kind="decode",
-                request_ids=tuple(f"{microbatch}.{row}" for row in range(rows)),
-                tokens=np.zeros((bucket, 1), np.int32),
-                feedback=np.arange(bucket, dtype=np.int32),
-                positions=lengths[:, None],
-                context_lens=lengths,
-                block_tables=tables,
-                page_index=np.tile(np.arange(width, dtype=np.int32), (bucket, 1)),
-                slots=np.where(lengths > 0, slots, config.padding_slot).astype(np.int32)[:, None],
-                logits_at=np.arange(bucket, dtype=np.int32),
-                cached=True,
-                samples=np.arange(bucket) < rows,
-            )
-        )
+    for microbatch in range(config.microbatches):
+        rows = DecodeRows(microbatch, config)
+        for row in range(batch // config.microbatches):
+            name, tokens = f"{microbatch}.{row}", (0,) * (context + 1)
+            request = Request(request_id=name, prompt_token_ids=tokens, sampling=sampling)
+            own = list(islice(pages, -(-len(tokens) // config.page_size)))
+            rows.join(LiveRequest(request, max_tokens=1, pages=own))
+        planned = rows.plan(step=0)
+        assert planned is not None
+        plan, _ = planned
+        plans.append(replace(plan, feedback=np.arange(len(plan.feedback), dtype=np.int32)))
     return tuple(plans)
 
 

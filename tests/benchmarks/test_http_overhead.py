@@ -22,10 +22,11 @@ def level(streams: int, alone: float, http: float) -> dict[str, Any]:
         ]
         return http_overhead.figures(records, dict.fromkeys(processes, 0.0023))
 
-    rounds = [
-        {"alone": figures(alone, ("engine",)), "http": figures(http, ("client", "server", "engine"))},
-    ]
-    return {"streams": streams, "tokens": 11, **http_overhead._compared(rounds)}
+    taken = {
+        "alone": [figures(alone, ("engine",))],
+        "http": [figures(http, ("client", "server", "engine"))],
+    }
+    return {"streams": streams, "tokens": 11, **http_overhead._compared(taken)}
 
 
 def test_steady_gaps_are_those_while_all_stream() -> None:

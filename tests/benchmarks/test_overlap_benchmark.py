@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lamina_jax.benchmarks import bandwidth, overlap, overlap_gain
 from lamina_jax.benchmarks.bandwidth import bandwidth_at, formula
-from lamina_jax.benchmarks.columns import Column, pinned
+from lamina_jax.benchmarks.columns import Column
+from lamina_jax.benchmarks.processes import pinned
 from lamina_jax.benchmarks.two_cores import PAGE_SIZE, Bench, balanced_context
 
 BATCH = 512

@@ -10,7 +10,7 @@ from real_processes import Process, ServeProcess, flags
 from worker_talk import until
 
 from lamina_jax.benchmarks.load_client import Target
-from lamina_jax.benchmarks.server_process import descendants
+from lamina_jax.benchmarks.processes import descendants
 
 FEW_PROGRAMS: dict[str, Any] = {
     "dtype": "float32",

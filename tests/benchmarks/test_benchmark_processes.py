@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lamina_jax.benchmarks.server_process import ServerProcess, serving
+from lamina_jax.benchmarks.processes import ServerProcess, running
 
 
 @pytest.mark.slow
 def test_a_server_that_does_not_start_says_why() -> None:
-    with pytest.raises(SystemExit, match=r"(?s)exit code 1:.*no/such/folder"), serving("no/such/folder"):
+    missing = ServerProcess("no/such/folder")
+    with pytest.raises(SystemExit, match=r"(?s)exit code 1:.*no/such/folder"), running(missing):
         pytest.fail("it is not there")
     server = ServerProcess("bundled", ["--max-num-seqs", "4"])
     try:
