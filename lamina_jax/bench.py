@@ -37,6 +37,13 @@ BENCHMARKS = (
 COMMAND = "python -m lamina_jax.bench"
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that tells the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def main() -> None:
     names = argparse.ArgumentParser(
         prog=COMMAND,
@@ -46,9 +53,8 @@ def main() -> None:
     names.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     name = names.parse_args(sys.argv[1:2]).name
     benchmark = importlib.import_module(f"lamina_jax.benchmarks.{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"{COMMAND} {name}", description=(benchmark.__doc__ or "").split("\n", 1)[0]
-    )
+    told = (benchmark.__doc__ or "").split("\n", 1)[0]
+    parser = argparse.ArgumentParser(prog=f"{COMMAND} {name}", description=told, formatter_class=Defaults)
     benchmark.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parse(parser, sys.argv[2:])

@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORDS", help='cases with these words, as in "memory h100"'
     )
-    parser.add_argument("--batch", type=int, default=32, help="requests decoded at once (default 32)")
-    parser.add_argument("--context", type=int, default=4096, help="cached tokens of each (default 4096)")
+    parser.add_argument("--batch", type=int, default=32, help="requests decoded at once")
+    parser.add_argument("--context", type=int, default=4096, help="cached tokens of each")
     parser.add_argument(
         "--kv-dtype",
         choices=get_args(get_type_hints(EngineConfig)["kv_dtype"]),
         default="auto",
-        help="of the pages, as `serve` takes it (default auto)",
+        help="of the pages, as `serve` takes it",
     )
     parser.add_argument("--programs", action="store_true", help="print every program of each case, too")
 

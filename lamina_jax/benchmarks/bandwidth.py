@@ -22,7 +22,7 @@ from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
 from lamina_jax.benchmarks.processes import Listening
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table, plotter
+from lamina_jax.benchmarks.table import format_rows, plotter
 from lamina_jax.benchmarks.tcp_proxy import Proxy
 from lamina_jax.benchmarks.two_cores import Bench, whole_pages
 
@@ -41,10 +41,10 @@ PROXY_HOST = "127.0.0.2"  # where it can have the ports that the worker has on 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "three bandwidths in three rounds", factors=(0.5, 1.0, 2.0), rounds=3)
     parser.set_defaults(factors=FACTORS)
-    parser.add_argument("--batch", type=int, default=128, help="requests decoded at once (default 128)")
-    parser.add_argument("--context", type=int, default=384, help="cached tokens of each (default 384)")
-    parser.add_argument("--rounds", type=int, default=9, help="timings per bandwidth (default 9)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one timing, about (default 1)")
+    parser.add_argument("--batch", type=int, default=128, help="requests decoded at once")
+    parser.add_argument("--context", type=int, default=384, help="cached tokens of each")
+    parser.add_argument("--rounds", type=int, default=9, help="timings per bandwidth")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one timing, about")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.svg, .png); needs matplotlib")
 
 
@@ -94,14 +94,12 @@ def _layers_and_attention(taken: list[dict[str, Any]]) -> float:
 def _through(worker: Listening, *, rate: float, ends: ExitStack) -> str:
     """The worker's address behind two proxies, of which the one for data is throttled."""
     control = Proxy(f"{PROXY_HOST}:0", f"127.0.0.1:{worker.port}")
-    limit = None if rate == UNTHROTTLED else rate
-    data_port = worker.data_port
-    data = Proxy(f"{PROXY_HOST}:{data_port}", f"127.0.0.1:{data_port}", bytes_per_second=limit)
+    port = worker.data_port
+    data = Proxy(f"{PROXY_HOST}:{port}", f"127.0.0.1:{port}", bytes_per_second=rate)
     for proxy in (control, data):
         ends.callback(proxy.close)
     data.start()
-    host, port = control.start()
-    return f"{host}:{port}"
+    return "{}:{}".format(*control.start())
 
 
 def _curve(
@@ -135,15 +133,15 @@ def bandwidth_at(slowdown: float, points: list[dict[str, Any]]) -> float | None:
 def _print(results: list[dict[str, Any]], demand: float) -> None:
     for result in results:
         print()
-        rows = [
-            [
-                f"{point['bytes_per_second'] / 1e6:.0f} MB/s" if point["bytes_per_second"] else "unthrottled",
-                f"{point['tokens_per_second']:.0f}",
-                f"{point['slowdown']:.2f}",
-            ]
-            for point in result["points"]
+        columns = [
+            (result["way"], "{rate}"),
+            ("tokens/s", "{tokens_per_second:.0f}"),
+            ("step, of unthrottled", "{slowdown:.2f}"),
         ]
-        print(format_table([result["way"], "tokens/s", "step, of unthrottled"], rows))
+        rates = [point["bytes_per_second"] for point in result["points"]]
+        names = [f"{rate / 1e6:.0f} MB/s" if rate else "unthrottled" for rate in rates]
+        rows = [{"rate": name, **point} for name, point in zip(names, result["points"], strict=True)]
+        print(format_rows(columns, rows))
         found = f"{result['measured'] / 1e6:.0f} MB/s" if result["measured"] else "none that was timed"
         print(
             f"a step takes {1 + ALPHA:g} times as long at {found}; the formula says {demand / 1e6:.0f} MB/s"

@@ -32,10 +32,10 @@ _BLOCK = 1_000_003
 """Normal numbers that are drawn; a tensor repeats them. Prime, so that the rows of a matrix differ."""
 
 
-def random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
+def random_checkpoint(config: ModelConfig, folder: Path) -> Path:
     """Write random weights of `config`'s shape to `folder`."""
     model = build(config, Storage(jnp.dtype(config.dtype)))
-    normal = np.random.default_rng(seed).normal(scale=0.02, size=_BLOCK).astype(jnp.dtype(config.dtype))
+    normal = np.random.default_rng(0).normal(scale=0.02, size=_BLOCK).astype(jnp.dtype(config.dtype))
     for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         ones = np.full(1, parameter.init == "ones", normal.dtype)
         parameter.set_value(np.resize(normal if parameter.init == "normal" else ones, parameter.shape))

@@ -29,7 +29,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 two. "disaggregated" is what an engine is by default."""
 
 RANDOM_QWEN3 = "qwen3-0.6b"
-"""The name under which benchmarks know random weights of that shape."""
+MODEL_HELP = f"folders, 'bundled', or {RANDOM_QWEN3}: random weights of that shape"
 
 ANSWER_SECONDS = 540.0
 """How long a column may take to start, or to do what it was asked for."""
@@ -40,12 +40,14 @@ Timings = dict[str, list[dict[str, Any]]]
 
 def models(names: Sequence[str], scratch: Path) -> list[tuple[str, str]]:
     """(name, folder) of each model to be timed; `RANDOM_QWEN3` is written to `scratch`."""
-    return [(name, _random_qwen3(scratch) if name == RANDOM_QWEN3 else name) for name in names]
-
-
-def _random_qwen3(scratch: Path) -> str:
-    print("writing random weights of the Qwen3-0.6B shape", file=sys.stderr)
-    return str(random_checkpoint(QWEN3_0_6B, scratch))
+    found = []
+    for name in names:
+        folder = name
+        if name == RANDOM_QWEN3:
+            print("writing random weights of the Qwen3-0.6B shape", file=sys.stderr)
+            folder = str(random_checkpoint(QWEN3_0_6B, scratch))
+        found.append((name, folder))
+    return found
 
 
 def engine_command(settings: dict[str, Any]) -> list[str]:

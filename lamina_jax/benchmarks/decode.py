@@ -20,6 +20,7 @@ from typing import Any
 from lamina_jax.benchmarks.cells import PAGE_SIZE, Cell, Footprint, fit, footprint
 from lamina_jax.benchmarks.columns import (
     COLUMNS,
+    MODEL_HELP,
     RANDOM_QWEN3,
     Timings,
     engine_command,
@@ -84,46 +85,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dtype=["bfloat16"],
         seconds=1.0,
     )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 32], help="requests decoded at once (default 1 8 32)"
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        nargs="+",
-        default=[128, 1024, 4096],
-        help="cached tokens of each (default 128 1024 4096)",
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=("bfloat16", "float32"),
-        default=["bfloat16", "float32"],
-        help="of weights and cache (default: both, one after the other)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timings per column (default 5)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one timing, about (default 2)")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        default=[RANDOM_QWEN3],
-        help=f"folders, or 'bundled' (default {RANDOM_QWEN3}: random weights of that shape)",
-    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="requests decoded at once")
+    contexts = [128, 1024, 4096]
+    parser.add_argument("--context", type=int, nargs="+", default=contexts, help="cached tokens of each")
+    dtypes = "bfloat16", "float32"
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of weights and cache")
+    parser.add_argument("--rounds", type=int, default=5, help="timings per column")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one timing, about")
+    parser.add_argument("--model", nargs="+", default=[RANDOM_QWEN3], help=MODEL_HELP)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--choices",
-        dest="instead",
-        action="store_const",
-        const=CHOICES,
-        help="instead: the defaults, beside all that they choose among",
-    )
-    instead.add_argument(
-        "--cpu-kernels",
-        dest="instead",
-        action="store_const",
-        const=KERNELS,
-        help="instead: native kernels of the CPU beside XLA's",
-    )
+    for flag, columns, what in (
+        ("--choices", CHOICES, "the defaults, beside all that they choose among"),
+        ("--cpu-kernels", KERNELS, "native kernels of the CPU beside XLA's"),
+    ):
+        instead.add_argument(
+            flag, dest="instead", action="store_const", const=columns, help=f"instead: {what}"
+        )
     add_reference_python(parser)
     add_llama_batched_bench(parser)
 

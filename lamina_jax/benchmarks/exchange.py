@@ -75,7 +75,7 @@ TABLE = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "4 KB, 64 KB and 1 MB in 20 rounds", sizes=list(SIZES)[:3], rounds=20)
     parser.set_defaults(sizes=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=50, help="timings of each way (default 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="timings of each way")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

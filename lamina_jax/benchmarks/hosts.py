@@ -53,12 +53,8 @@ Counters = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--hosts", type=int, nargs="+", default=[1, 2, 4], help="compute hosts (default 1 2 4)"
-    )
-    parser.add_argument(
-        "--workers", type=int, nargs="+", default=[1, 2, 4], help="attention workers (default 1 2 4)"
-    )
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4], help="compute hosts")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="attention workers")
     parser.add_argument("--partition", choices=("heads", "requests", "tokens"), default="heads")
 
 

@@ -62,8 +62,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="the engine alone beside the server; the load is --output-tokens, --ids-below and --seed",
     )
-    group.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="at once (default 1 64 500)")
-    group.add_argument("--rounds", type=int, default=5, help="timings of each (default 5)")
+    group.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="at once")
+    group.add_argument("--rounds", type=int, default=5, help="timings of each")
 
 
 def through_engine(column: Column, requests: Sequence[Planned]) -> Figures:

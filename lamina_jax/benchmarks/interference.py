@@ -62,13 +62,13 @@ TABLE = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "2 rounds of 2 prompts of 256 tokens", rounds=2, prompts=2, prompt_tokens=256)
-    parser.add_argument("--decodes", type=int, default=4, help="requests that decode (default 4)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of each at first (default 256)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each prompt (default 512)")
-    parser.add_argument("--prompts", type=int, default=4, help="in each round (default 4)")
-    parser.add_argument("--rounds", type=int, default=5, help="of all columns in turn (default 5)")
+    parser.add_argument("--decodes", type=int, default=4, help="requests that decode")
+    parser.add_argument("--context", type=int, default=256, help="tokens of each at first")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each prompt")
+    parser.add_argument("--prompts", type=int, default=4, help="in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="of all columns in turn")
     parser.add_argument(
-        "--partition", choices=("heads", "requests", "tokens"), default="heads", help="default heads"
+        "--partition", choices=("heads", "requests", "tokens"), default="heads", help="of the cache"
     )
 
 

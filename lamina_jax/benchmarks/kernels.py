@@ -1,7 +1,7 @@
 """Paged attention beside the memory it reads: KV bytes per second as a share of what the device gives.
 
 Every kernel that runs here, over batches, contexts, query heads per KV head and dtypes of the cache; beside
-it what JAX ships, and on a GPU torch's attention, FlashInfer's and FlashAttention's where they are installed.
+it what JAX ships, and on a GPU torch's attention and FlashInfer's where they are installed.
 The kernels of a cell and the device's memory itself are timed in turn, so that a busy neighbour meets all of
 them alike; a figure is the median over the rounds. See `kernel_passes` and `device_bandwidth`.
 """
@@ -44,25 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(
         parser, "a few cells, in three rounds of 0.1 s", rounds=3, seconds=0.1, batch=[], context=[], group=[]
     )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="requests (default 1 8 32 128 256)"
-    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="requests")
     parser.add_argument(
         "--context",
         type=int,
         nargs="+",
         default=[128, 1024, 8192, 32768, 131072],
-        help="cached tokens of each (default 128 1024 8192 32768 131072); what does not fit is left out",
+        help="cached tokens of each; what does not fit is left out",
     )
-    parser.add_argument(
-        "--group", type=int, nargs="+", default=[1, 4, 8], help="query heads per KV head (default 1 4 8)"
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of the cache (default all)"
-    )
-    parser.add_argument("--page-size", type=int, default=64, help="tokens of a page (default 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each kernel (default 5)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of one timing, about (default 0.3)")
+    parser.add_argument("--group", type=int, nargs="+", default=[1, 4, 8], help="query heads per KV head")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of the cache")
+    parser.add_argument("--page-size", type=int, default=64, help="tokens of a page")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each kernel")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one timing, about")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap-gain", action="store_true", help="instead: q first, on against off, at G = 1 and G = 8"
     )
-    parser.add_argument("--batch", type=int, default=512, help="requests decoded at once (default 512)")
-    parser.add_argument("--rounds", type=int, default=7, help="timings per column (default 7)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one timing, about (default 1)")
+    parser.add_argument("--batch", type=int, default=512, help="requests decoded at once")
+    parser.add_argument("--rounds", type=int, default=7, help="timings per column")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one timing, about")
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

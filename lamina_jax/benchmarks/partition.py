@@ -34,10 +34,8 @@ PREFILL_BUCKET = (8, 2048)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "32 requests, one, two and four workers", requests=32, workers=[1, 2, 4])
-    parser.add_argument(
-        "--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="W (default 1 2 4 8 16)"
-    )
-    parser.add_argument("--requests", type=int, default=128, help="held at once (default 128)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="W")
+    parser.add_argument("--requests", type=int, default=128, help="held at once")
     parser.add_argument("--seats", type=int, help="max_num_seqs of the engine (default: as many as requests)")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lamina_jax.benchmarks.columns import (
     COLUMNS,
+    MODEL_HELP,
     RANDOM_QWEN3,
     engine_command,
     format_columns,
@@ -30,18 +31,11 @@ COLLOCATED = list(COLUMNS)[:2]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "a prompt of 1024 tokens, three rounds", prompt=[1024], rounds=3)
-    parser.add_argument(
-        "--prompt", type=int, nargs="+", default=[256, 1024], help="its tokens (default 256 1024)"
-    )
-    parser.add_argument("--chunk", type=int, default=256, help="tokens prefilled at once (default 256)")
-    parser.add_argument("--rounds", type=int, default=5, help="timings per column (default 5)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one timing, about (default 4)")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        default=["bundled", RANDOM_QWEN3],
-        help=f"folders, 'bundled', or {RANDOM_QWEN3}: random weights of that shape (default: these two)",
-    )
+    parser.add_argument("--prompt", type=int, nargs="+", default=[256, 1024], help="its tokens")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens prefilled at once")
+    parser.add_argument("--rounds", type=int, default=5, help="timings per column")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one timing, about")
+    parser.add_argument("--model", nargs="+", default=["bundled", RANDOM_QWEN3], help=MODEL_HELP)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

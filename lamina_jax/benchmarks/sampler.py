@@ -58,9 +58,9 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "five rounds", rounds=5)
-    parser.add_argument("--batch", type=int, default=32, help="rows (default 32)")
-    parser.add_argument("--context", type=int, default=128, help="cached tokens of each (default 128)")
-    parser.add_argument("--rounds", type=int, default=20, help="timings of each (default 20)")
+    parser.add_argument("--batch", type=int, default=32, help="rows")
+    parser.add_argument("--context", type=int, default=128, help="cached tokens of each")
+    parser.add_argument("--rounds", type=int, default=20, help="timings of each")
     parser.add_argument("--model", help="a folder; default: a random Qwen3-0.6B")
 
 

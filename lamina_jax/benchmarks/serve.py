@@ -58,31 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "server_flags", nargs="*", metavar="-- FLAG", help="flags of the server that is started"
     )
     what = parser.add_argument_group("the load")
-    what.add_argument("--requests", type=_count, default=200, help="how many (default 200)")
+    what.add_argument("--requests", type=_count, default=200, help="how many")
     what.add_argument(
         "--rate",
         type=_positive,
         help="requests a second, Poisson; inf: all at once (default: the trace's, or inf)",
     )
     what.add_argument("--concurrency", type=_count, help="most requests at a time (default: no bound)")
-    what.add_argument(
-        "--prompt-tokens", type=length_bounds, default=(128, 128), metavar="N[:M]", help="default 128"
-    )
-    what.add_argument(
-        "--output-tokens", type=length_bounds, default=(64, 64), metavar="N[:M]", help="default 64"
-    )
+    what.add_argument("--prompt-tokens", type=length_bounds, default="128", metavar="N[:M]", help="of each")
+    what.add_argument("--output-tokens", type=length_bounds, default="64", metavar="N[:M]", help="of each")
     what.add_argument(
         "--trace", type=Path, metavar="FILE", help="arrivals and lengths: .csv or .jsonl, also .gz of either"
     )
     what.add_argument(
         "--length-scale", type=_positive, default=1.0, metavar="X", help="lengths of the trace times X"
     )
-    what.add_argument("--ids-below", type=_count, default=256, help="of a prompt's tokens (default 256)")
+    what.add_argument("--ids-below", type=_count, default=256, help="of a prompt's tokens")
     what.add_argument("--ignore-eos", action="store_true", help="every answer has its full length")
-    what.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts (default 0)")
-    what.add_argument(
-        "--timeout", type=_positive, default=600.0, help="seconds a request may take (default 600)"
-    )
+    what.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts")
+    what.add_argument("--timeout", type=_positive, default=600.0, help="seconds a request may take")
     told = parser.add_argument_group("the figures")
     told.add_argument("--ttft-slo", type=_positive, metavar="MS", help="bound of TTFT for the goodput")
     told.add_argument("--tpot-slo", type=_positive, metavar="MS", help="bound of TPOT for the goodput")

@@ -36,8 +36,8 @@ COUNTS = ("programs", "from the cache", "CPU seconds")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "one round", rounds=1)
-    parser.add_argument("--model", default="bundled", help="a folder or hub id (default: bundled)")
-    parser.add_argument("--rounds", type=int, default=3, help="of two starts each (default 3)")
+    parser.add_argument("--model", default="bundled", help="a folder or hub id")
+    parser.add_argument("--rounds", type=int, default=3, help="of two starts each")
     parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="more flags of the server")
 
 

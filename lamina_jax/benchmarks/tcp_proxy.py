@@ -6,8 +6,8 @@ It knows nothing of what passes: bytes go through a kernel pipe (splice) and are
 
 from __future__ import annotations
 
-import argparse
 import fcntl
+import math
 import os
 import select
 import socket
@@ -38,14 +38,13 @@ class Proxy:
         listen: "host:port"; port 0 takes any free one.
         target: "host:port"; a connection that it does not take is closed.
         delay_seconds: what every byte takes, each way.
-        bytes_per_second: of all connections together, each way; None: as fast as it goes.
+        bytes_per_second: of all connections together, each way.
     """
 
     def __init__(
-        self, listen: str, target: str, delay_seconds: float = 0.0, bytes_per_second: float | None = None
+        self, listen: str, target: str, delay_seconds: float = 0.0, bytes_per_second: float = math.inf
     ) -> None:
-        rate = [] if bytes_per_second is None else ["--bytes-per-second", str(bytes_per_second)]
-        self._arguments = [listen, target, "--delay-seconds", str(delay_seconds), *rate]
+        self._arguments = [listen, target, str(delay_seconds), str(bytes_per_second)]
 
     def start(self) -> tuple[str, int]:
         """Listen; the address.
@@ -129,7 +128,7 @@ class Flow:
     @property
     def due(self) -> float:
         """When something leaves it next, if its target takes it."""
-        return self._held[0][0] if self._held else float("inf")
+        return self._held[0][0] if self._held else math.inf
 
     def take(self) -> None:
         """What has come from the source. Raises OSError where the connection is broken."""
@@ -188,12 +187,12 @@ class Loop:
             flows = [] if self._stalled else [flow for pair in self._connections for flow in pair]
             reading = [flow for flow in flows if flow.reads]
             blocked = [flow for flow in flows if flow.blocked]
-            next_due = min((flow.due for flow in flows if not flow.blocked), default=float("inf"))
+            next_due = min((flow.due for flow in flows if not flow.blocked), default=math.inf)
             readable, writable, _ = select.select(
                 [sys.stdin, self._listener, *(flow.source for flow in reading)],
                 [flow.target for flow in blocked],
                 [],
-                None if next_due == float("inf") else max(0.0, next_due - monotonic() - WAKING_SECONDS),
+                None if next_due == math.inf else max(0.0, next_due - monotonic() - WAKING_SECONDS),
             )
             if sys.stdin in readable and not self._obey(sys.stdin.readline().strip()):
                 return
@@ -264,19 +263,14 @@ def _address(text: str) -> tuple[str, int]:
 
 def main() -> None:
     """Be the process: it listens, and takes "stall", "resume" and "cut" as lines on stdin."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("listen", type=_address, help="HOST:PORT")
-    parser.add_argument("target", type=_address, help="HOST:PORT")
-    parser.add_argument("--delay-seconds", type=float, default=0.0)
-    parser.add_argument("--bytes-per-second", type=float, default=float("inf"))
-    options = parser.parse_args()
-    up, down = (Link(options.delay_seconds, options.bytes_per_second) for _ in range(2))
+    listen, target, delay, rate = sys.argv[1:]
+    up, down = (Link(float(delay), float(rate)) for _ in range(2))
     try:
-        listener = socket.create_server(options.listen)
+        listener = socket.create_server(_address(listen))
     except OSError as error:
         sys.exit(f"error: {error}")
     with listener:
-        loop = Loop(listener, options.target, up, down)
+        loop = Loop(listener, _address(target), up, down)
         loop.tell()
         loop.run()
 

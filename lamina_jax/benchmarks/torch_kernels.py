@@ -1,6 +1,6 @@
-"""Columns of `bench kernels` on a GPU from torch's world: its own attention, FlashInfer's, FlashAttention's.
+"""Columns of `bench kernels` on a GPU from torch's world: its own attention and FlashInfer's.
 
-Each is there where it is installed. Torch's reads dense K and V; the others read pages. A pass is recorded as
+Each is there where it is installed. Torch's reads dense K and V, FlashInfer's pages. A pass is recorded as
 a CUDA graph, so that launches from Python are not what is timed. torch is imported when a column is made.
 """
 
@@ -17,7 +17,6 @@ DTYPE = "bfloat16"
 MOST_CALLS = 64
 """In a pass: FlashInfer keeps some megabytes for each. So small cells may find their KV in a cache."""
 
-FLASH_ATTENTION_PAGE = 256
 WORKSPACE_BYTES = 256 << 20
 
 Calls = list[Callable[[], object]]
@@ -105,34 +104,11 @@ def _flashinfer_calls(shape: Shape, cell: Cell, calls: int, device: str) -> Call
         )
         return lambda: wrapper.run(q, pages)
 
-    return [call(indices) for indices in _random_order(calls * count, device).split(count)]
-
-
-def _flash_attention_calls(shape: Shape, cell: Cell, calls: int, device: str) -> Calls:
-    import torch
-
-    flash: Any = importlib.import_module("flash_attn")
-    heads, dim, page = shape.kv_heads, shape.head_dim, FLASH_ATTENTION_PAGE
-    q = torch.ones((cell.batch, 1, cell.group * heads, dim), dtype=torch.bfloat16, device=device)
-    count = cell.pages(page)
-    k, v = torch.randn((2, calls * count, page, heads, dim), dtype=torch.bfloat16, device=device)
-    lengths = torch.full((cell.batch,), cell.context, dtype=torch.int32, device=device)
-
-    def call(table: Any) -> Callable[[], object]:
-        return lambda: flash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table)
-
-    tables = _random_order(calls * count, device).reshape(calls, cell.batch, -1)
-    return [call(table) for table in tables]
-
-
-def _random_order(count: int, device: str) -> Any:
-    import torch
-
-    return torch.randperm(count, device=device).to(torch.int32)
+    order = torch.randperm(calls * count, device=device).to(torch.int32)
+    return [call(indices) for indices in order.split(count)]
 
 
 KERNELS: dict[str, MakeCalls] = {
     "torch": _torch_calls,
     "flashinfer": _flashinfer_calls,
-    "flash-attn": _flash_attention_calls,
 }

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import SMALL, TINY, save_random
 
-from lamina_jax.benchmarks import perplexity, reference
+from lamina_jax.benchmarks import perplexity
 from lamina_jax.benchmarks.windows import windows
 from lamina_jax.core import Logprob, RequestOutput
 from lamina_jax.llm import LLM
@@ -107,12 +107,6 @@ def parsed(*flags):
     parser = argparse.ArgumentParser()
     perplexity.add_arguments(parser)
     return parser.parse_args(flags)
-
-
-def test_a_reference_that_is_not_there_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(reference, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="--reference-python"):
-        perplexity.run(parsed("--reference"))
 
 
 def test_a_text_without_a_tokenizer_is_refused(folder, tmp_path):

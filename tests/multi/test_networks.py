@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +33,7 @@ def lay(worker: WorkerProcess) -> Iterator[Lay]:
     """`lay(delay, rate, control_rate)`: the worker's two ports, again at HOST; `rate` is that of data."""
     with ExitStack() as stack:
 
-        def start(
-            delay: float = 0.0, rate: float | None = None, control_rate: float | None = None
-        ) -> Network:
+        def start(delay: float = 0.0, rate: float = math.inf, control_rate: float = math.inf) -> Network:
             network = []
             for port, pace in ((worker.port, control_rate), (worker.data_port, rate)):
                 proxy = Proxy(f"{HOST}:{port}", f"{worker.host}:{port}", delay, pace)
