@@ -54,9 +54,10 @@ def plan_prefill(
 ) -> MicrobatchPlan:
     """The next chunk of each of `requests`, one a row, in a microbatch of `bucket` = (B, Q).
 
-    By request, all of them are on one worker.
+    By request, all of them are on one worker. Without any, all rows are padding.
     """
     rows, width = bucket
+    by_request = config.partition == "requests"
     tokens = np.zeros((rows, width), np.int32)
     positions = np.zeros((rows, width), np.int32)
     slots = np.full((rows, width), config.padding_slot, np.int32)
@@ -99,7 +100,7 @@ def plan_prefill(
         samples=samples,
         sampling=_sampling(requests, samples, config),
         prompt_targets=targets.reshape(-1) if (targets >= 0).any() else None,
-        worker=requests[0].worker if config.partition == "requests" else None,
+        worker=next((request.worker for request in requests), 0) if by_request else None,
     )
     for row, request in enumerate(requests):
         request.prefilled = min(request.prefilled + width, len(request.tokens))

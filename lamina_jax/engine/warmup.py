@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
-from lamina_jax.core import MicrobatchPlan, StepPlan
-from lamina_jax.engine.rows import page_places
+from lamina_jax.core import StepPlan
+from lamina_jax.engine.prefill import plan_prefill
 from lamina_jax.engine.runner import ModelRunner
 from lamina_jax.engine.scheduler_config import SchedulerConfig
 
@@ -16,29 +17,10 @@ def measure_prefill(runner: ModelRunner, config: SchedulerConfig) -> tuple[float
     """Seconds of one microbatch of each of `config.prefill_buckets`, of padding: nothing is kept."""
     seconds = []
     for bucket in config.prefill_buckets:
-        plan = StepPlan(step=0, microbatches=(_padding(bucket, config),))
+        padding = plan_prefill(0, (), bucket, config)
+        # As one that reads the cache and ends its prompts: what takes longest.
+        padding = replace(padding, cached=True, samples=np.ones(bucket[0], bool))
         started = time.perf_counter()
-        runner.read(runner.dispatch(plan))
+        runner.read(runner.dispatch(StepPlan(step=0, microbatches=(padding,))))
         seconds.append(time.perf_counter() - started)
     return tuple(seconds)
-
-
-def _padding(bucket: tuple[int, int], config: SchedulerConfig) -> MicrobatchPlan:
-    rows, _ = bucket
-    zeros = np.zeros(bucket, np.int32)
-    return MicrobatchPlan(
-        microbatch=config.microbatches,
-        kind="prefill",
-        request_ids=(),
-        tokens=zeros,
-        feedback=np.full(rows, -1, np.int32),
-        positions=zeros,
-        context_lens=zeros[:, 0],
-        block_tables=np.zeros((rows, config.table_width), np.int32),
-        page_index=page_places(rows, config),
-        slots=np.full(bucket, config.padding_slot, np.int32),
-        logits_at=zeros[:, 0],
-        cached=True,
-        samples=np.ones(rows, bool),
-        worker=0 if config.partition == "requests" else None,
-    )
