@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -87,13 +86,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"round trips in microseconds between cores {engine} and {worker}; median of {rounds} rounds")
     print(format_rows(TABLE, results))
     for row in results:
-        if row["size"] == "64 KB" and row["way"] in GOALS:
-            goal, way = GOALS[row["way"]], row["way"]
-            words = [
-                f"{kind} {row[f'{kind}_ratio']:.2f} ({'met' if row[f'{kind}_ratio'] <= goal else 'missed'})"
-                for kind in ("frames", "arrays")
-            ]
-            print(f"goal: {way} at 64 KB at most {goal} of raw: {', '.join(words)}")
+        if row["size"] == "64 KB" and (goal := GOALS.get(row["way"])):
+            found = {kind: row[f"{kind}_ratio"] for kind in ("frames", "arrays")}
+            words = [f"{kind} {of:.2f} ({'met' if of <= goal else 'missed'})" for kind, of in found.items()]
+            print(f"goal: {row['way']} at 64 KB at most {goal} of raw: {', '.join(words)}")
     return results
 
 
@@ -118,8 +114,10 @@ def _measure(name: str, rounds: int, engine_core: int, worker_core: int) -> list
             "unix": connect(f"unix:{folder}/frames", DEADLINE_SECONDS),
             "grpc": GrpcChannel(calls, (), DEADLINE_SECONDS),
         }
-        tcp = ends.enter_context(_plain_tcp(raw_port))
-        unix = ends.enter_context(_plain_unix(str(Path(folder, "raw"))))
+        tcp = ends.enter_context(socket.create_connection(("127.0.0.1", raw_port)))
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        unix = ends.enter_context(socket.socket(socket.AF_UNIX))
+        unix.connect(f"{folder}/raw")
         trips = {
             ("tcp", "raw"): _raw_socket(tcp, query, answer),
             ("unix", "raw"): _raw_socket(unix, query, answer),
@@ -169,18 +167,6 @@ def _raw_socket(sock: socket.socket, query: int, answer: int) -> Trip:
         return time.perf_counter() - started
 
     return trip
-
-
-def _plain_tcp(port: int) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", port))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def _plain_unix(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(path)
-    return sock
 
 
 def _raw_grpc(calls: grpc.Channel, query: int) -> Trip:

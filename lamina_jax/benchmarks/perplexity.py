@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.quick import add_quick
 from lamina_jax.benchmarks.reference import (
     NO_REFERENCE,
@@ -39,7 +39,6 @@ PLACEMENTS = "disaggregated", "collocated"
 """In this order: the first engine decides how many virtual CPU devices there are, and it needs more."""
 
 KV_DTYPES = "float32", "bfloat16", "int8", "fp8"
-REFERENCE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -148,23 +147,11 @@ def score(llm: LLM, cut: Sequence[Window]) -> Score:
 def score_by_reference(python: str, folder: Path, dtype: str, cut: Sequence[Window]) -> Score:
     """The windows under the same checkpoint as transformers reads it."""
     command = reference_command(python, "transformers_perplexity.py", {"model": str(folder), "dtype": dtype})
-    try:
-        ended = subprocess.run(
-            command,
-            input=json.dumps(cut),
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=REFERENCE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise SystemExit(
-            f"transformers took longer than {REFERENCE_SECONDS:.0f} s: lower --max-tokens"
-        ) from None
-    if ended.returncode:
-        raise SystemExit(f"{python} ended with exit code {ended.returncode}")
-    told = json.loads(ended.stdout)
-    return Score(told["nll"] / sum(window.counted for window in cut), told["seconds"])
+    with closing(Column("transformers", command)) as column:
+        column.line()
+        told = [column.answer(window._asdict()) for window in cut]
+    nll, seconds = (math.fsum(one[name] for one in told) for name in ("nll", "seconds"))
+    return Score(nll / sum(window.counted for window in cut), seconds)
 
 
 def table(results: Sequence[dict[str, Any]], counted: int) -> str:
