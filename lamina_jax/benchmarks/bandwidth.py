@@ -22,7 +22,7 @@ from lamina_jax.benchmarks.checkpoints import COMPUTE_BOUND
 from lamina_jax.benchmarks.columns import time_in_turn
 from lamina_jax.benchmarks.processes import Listening
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_rows, plotter
+from lamina_jax.benchmarks.table import format_rows, optional
 from lamina_jax.benchmarks.tcp_proxy import Proxy
 from lamina_jax.benchmarks.two_cores import Bench, whole_pages
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a table for each way to run; the results as plain dicts."""
-    plot = plotter("bandwidth_plot") if args.plot else None
+    plot = optional("bandwidth_plot", "--plot", "plots").draw if args.plot else None
     rounds, factors = args.rounds, args.factors
     with ExitStack() as ends:
         longest = whole_pages(args.context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from lamina_jax.benchmarks import shipped_kernels, torch_kernels
 from lamina_jax.benchmarks.kernel_passes import (
     Cell,
     Pass,
-    Pool,
     Shape,
     Step,
     empty_step,
@@ -75,7 +74,7 @@ class Columns:
         memory: int,
     ) -> None:
         self.shape, self._dtypes, self._devices = shape, dtypes, devices
-        self._pools: dict[tuple[str, int], Pool] = {}
+        self._pool = cache(lambda dtype, count: make_pool(shape, dtype, self.num_pages, devices[:count]))
         self._kernels = _kernels(devices)
         self._others = OTHERS_DTYPE in dtypes and devices[0].platform != "cpu"
         token = sum(shape.token_bytes(dtype) for dtype in dtypes) * len(set(self._kernels.values()))
@@ -106,17 +105,10 @@ class Columns:
                 yield KernelColumn(name, OTHERS_DTYPE, make)
 
     def _pass(self, kernel: str, dtype: str, step: Step, cell: Cell) -> Pass:
-        return self._pool(kernel, dtype).make_pass(kernel, cell, step)
-
-    def _pool(self, kernel: str, dtype: str) -> Pool:
-        devices = self._kernels[kernel]
-        if (dtype, devices) not in self._pools:
-            pool = make_pool(self.shape, dtype, self.num_pages, self._devices[:devices])
-            self._pools[dtype, devices] = pool
-        return self._pools[dtype, devices]
+        return self._pool(dtype, self._kernels[kernel]).make_pass(kernel, cell, step)
 
     def _shipped(self, cell: Cell) -> Pass:
-        return shipped_kernels.make_pass(self._pool(next(iter(self._kernels)), OTHERS_DTYPE), cell)
+        return shipped_kernels.make_pass(self._pool(OTHERS_DTYPE, 1), cell)
 
 
 def _kernels(devices: Sequence[jax.Device]) -> dict[str, int]:

@@ -11,8 +11,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from lamina_jax.benchmarks import http_overhead
 from lamina_jax.benchmarks.latencies import FIGURES, Record, goodput, summary
 from lamina_jax.benchmarks.processes import ServerProcess, running
 from lamina_jax.benchmarks.quick import add_quick
-from lamina_jax.benchmarks.table import format_table, plotter
+from lamina_jax.benchmarks.table import format_table, optional
 from lamina_jax.benchmarks.workload import (
     Planned,
     length_bounds,
@@ -86,11 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the tables; the figures and a row for each request."""
-    _require_aiohttp()
+    optional("load_client", "bench serve", "bench")
     if args.overhead:
         return http_overhead.run(args)
-    draw = plotter("serve_plot") if args.plot else None
-    with _target(args) as (target, context):
+    draw = optional("serve_plot", "--plot", "plots").draw if args.plot else None
+    if args.url and args.server_flags:
+        raise SystemExit(f"{' '.join(args.server_flags)}: flags for a server to be started; --url names one")
+    with ExitStack() as ends:
+        url = (args.url or "").rstrip("/")
+        if not url:
+            print("starting a server", file=sys.stderr)
+            url = ends.enter_context(running(ServerProcess(args.model or "bundled", args.server_flags))).url
+        target, context = _target(args, url)
         requests, left_out = planned(args, context)
         records, seconds = _send(target, requests, args.concurrency)
     figures = summary(records, seconds)
@@ -142,30 +149,18 @@ def read_api_key(file: Path | None) -> str | None:
     return key
 
 
-@contextmanager
-def _target(args: argparse.Namespace) -> Iterator[tuple[Target, int | None]]:
-    """The server, for as long as the block lasts, and the context of its model, if it says."""
+def _target(args: argparse.Namespace, url: str) -> tuple[Target, int | None]:
+    """The server at `url`, and the context of its model, if it says."""
     from lamina_jax.benchmarks.load_client import Target, served_model
 
     key = read_api_key(args.api_key_file)
-
-    def target(url: str) -> tuple[Target, int | None]:
-        try:
-            served = served_model(url, key)
-        except ConnectionError as error:
-            raise SystemExit(f"error: {error}") from None
-        name = args.model if args.url and args.model else served["id"]
-        common = {"api_key": key, "ignore_eos": args.ignore_eos, "seconds": args.timeout}
-        return Target(url=url, model=name, **common), served.get("max_model_len")
-
-    if args.url is None:
-        print("starting a server", file=sys.stderr)
-        with running(ServerProcess(args.model or "bundled", args.server_flags)) as server:
-            yield target(server.url)
-    elif args.server_flags:
-        raise SystemExit(f"{' '.join(args.server_flags)}: flags for a server to be started; --url names one")
-    else:
-        yield target(args.url.rstrip("/"))
+    try:
+        served = served_model(url, key)
+    except ConnectionError as error:
+        raise SystemExit(f"error: {error}") from None
+    name = args.model if args.url and args.model else served["id"]
+    common = {"api_key": key, "ignore_eos": args.ignore_eos, "seconds": args.timeout}
+    return Target(url=url, model=name, **common), served.get("max_model_len")
 
 
 def _send(target: Target, requests: Sequence[Planned], concurrency: int | None) -> tuple[list[Record], float]:
@@ -232,13 +227,6 @@ def _print(figures: dict[str, Any]) -> None:
         rows.append([f"{name.upper()} ({meaning}), ms", *cells])
     print()
     print(format_table(["", *columns], rows), flush=True)
-
-
-def _require_aiohttp() -> None:
-    try:
-        import aiohttp  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"bench serve needs {error.name}: install lamina_jax[bench]") from None
 
 
 def _count(text: str) -> int:

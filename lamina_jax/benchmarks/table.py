@@ -1,9 +1,9 @@
-"""Benchmark results as text, and the way to their plots."""
+"""Benchmark results as text, and the modules that not every installation can import."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -38,11 +38,9 @@ def format_rows(columns: Sequence[tuple[str, str]], rows: Iterable[Mapping[str, 
     return format_table(header, [[cell(form, row) for _, form in columns] for row in rows])
 
 
-def plotter(module: str) -> Callable[..., None]:
-    """`draw` of a module of this package that needs matplotlib. Raises SystemExit where there is none."""
+def optional(module: str, what: str, extra: str) -> Any:
+    """A module of this package; SystemExit where what it imports, an `extra` of ours, is not installed."""
     try:
-        return importlib.import_module(f"lamina_jax.benchmarks.{module}").draw
+        return importlib.import_module(f"lamina_jax.benchmarks.{module}")
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--plot needs {error.name}: install lamina_jax[plots], or leave --plot out"
-        ) from None
+        raise SystemExit(f"{what} needs {error.name}: install lamina_jax[{extra}]") from None

@@ -106,7 +106,8 @@ def test_what_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, module: str, flags: tuple[str, ...], extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "lamina_jax.benchmarks.serve_plot", raising=False)
+    for name in ("load_client", "serve_plot"):
+        monkeypatch.delitem(sys.modules, f"lamina_jax.benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit, match=rf"needs {module}: install lamina_jax\[{extra}\]"):
         serve.run(arguments("--url", "http://127.0.0.1:1", *flags))
 
