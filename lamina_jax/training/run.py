@@ -1,26 +1,28 @@
-"""One training run in a folder: its tokenizer, its checkpoints, and going on where it stopped.
+"""One training run in a folder: its tokenizer, its checkpoints by orbax, and going on where it stopped.
 
-This module ties corpus, documents, loop and checkpoints together; it prints nothing.
+This module ties corpus, documents, loop and checkpoints together; it prints nothing, and pickles nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import nnx
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig, RopeConfig
-from lamina_jax.training.checkpoint import checkpoints, restore, save
 from lamina_jax.training.documents import DocumentMaker, tokenizer_text
 from lamina_jax.training.initial import initial_model
 from lamina_jax.training.loop import (
     Hyperparameters,
     Phase,
+    Progress,
     Report,
     TrainState,
     initial_state,
@@ -112,3 +114,26 @@ class Run:
         tokenizer = train_tokenizer(tokenizer_text(self.texts, self.seed), self.config.vocab_size)
         tokenizer.save(str(path))
         return tokenizer
+
+
+def checkpoints(folder: Path) -> ocp.CheckpointManager:
+    """The newest two checkpoints of a run below `folder`; to be used as a context manager."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+    """Writes `state`, unless its step is the newest one written."""
+    arrays = ocp.args.StandardSave({"params": state.params, "moments": state.moments})
+    progress = ocp.args.JsonSave(asdict(state.progress))
+    manager.save(state.progress.step, args=ocp.args.Composite(arrays=arrays, progress=progress))
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
+    """The newest state, shaped as `like`; None where nothing was written yet."""
+    if manager.latest_step() is None:
+        return None
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": like.params, "moments": like.moments})
+    wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
+    found = manager.restore(manager.latest_step(), args=wanted)
+    return TrainState(found.arrays["params"], found.arrays["moments"], Progress(**found.progress))

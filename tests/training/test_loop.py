@@ -14,7 +14,6 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from lamina_jax.models import ModelConfig
-from lamina_jax.training.checkpoint import checkpoints, restore, save
 from lamina_jax.training.documents import ASKED
 from lamina_jax.training.loop import (
     Hyperparameters,
@@ -26,7 +25,7 @@ from lamina_jax.training.loop import (
     share_done,
     weighted_loss,
 )
-from lamina_jax.training.run import Run
+from lamina_jax.training.run import Run, checkpoints, restore, save
 
 HYPER = Hyperparameters(tokens_per_step=256, learning_rate=1e-2, warmup_steps=2)
 PHASES = [Phase(32, minutes=0.1), Phase(16, minutes=4 / 60)]
