@@ -57,7 +57,7 @@ def run(config: AttendConfig, security: SecurityConfig, make_session: MakeSessio
         return refuse(error)
     try:
         stop = threading.Event()
-        end_by_signal(stop)
+        end_by_signal(lambda _: stop.set())
         facts = server.start()
         where = f"port {server.port}, data port {facts.data_port}"
         say(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What a terminal or a supervisor sends."""
 
 SAME_SIGNAL_SECONDS = 0.3
 """In which a signal counts once: a terminal and a program like `timeout` may both pass on the same."""
@@ -24,17 +27,17 @@ def refuse(error: Exception) -> int:
     return 1
 
 
-def end_by_signal(ended: threading.Event) -> None:
-    """Have SIGTERM or Ctrl-C set `ended`, and a second one end this process at once. In the main thread."""
+def end_by_signal(end: Callable[[int], object]) -> None:
+    """Have SIGTERM or Ctrl-C call `end(number)`, and a second one end this process. In the main thread."""
     first: float | None = None
 
     def take(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if first is None:
             first = time.monotonic()
-            ended.set()
+            end(number)
         elif time.monotonic() > first + SAME_SIGNAL_SECONDS:
-            os._exit(1)
+            os._exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, take)

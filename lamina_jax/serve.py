@@ -10,23 +10,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 
 from lamina_jax.cluster.dry_run import describe
 from lamina_jax.cluster.file import find_cluster_file, read_cluster
 from lamina_jax.cluster.pin import check_cores, pin
 from lamina_jax.cluster.processes import Cluster, Process
-from lamina_jax.command import refuse, say
+from lamina_jax.command import end_by_signal, refuse, say
 from lamina_jax.config import CheckpointError, ConfigError, EngineConfig, SecurityConfig, ServerConfig
 from lamina_jax.core import WorkerLost
 from lamina_jax.flags import Parser, add_flags, from_flags
 from lamina_jax.hosts.detect import placed_by
 from lamina_jax.server.api_keys import read_keys
-from lamina_jax.server.engine_host import SERVERS_SIGNALS, EngineProcess
+from lamina_jax.server.engine_host import EngineProcess
 from lamina_jax.server.listener import listen
 from lamina_jax.server.messages import Start
 
@@ -95,14 +93,13 @@ def follow(config: EngineConfig) -> int:
     configure_logging()
     alarm = Alarm()
 
-    def take(number: int, frame: FrameType | None) -> None:
-        if alarm.code == 0 or not alarm.armed:
+    def end(number: int) -> None:
+        if not alarm.armed:
             leave(128 + number)
         alarm.code = 0
         say("ending with host 0; a second signal ends at once")
 
-    for number in SERVERS_SIGNALS:
-        signal.signal(number, take)
+    end_by_signal(end)
     try:
         from lamina_jax.engine.build import run_follower
 

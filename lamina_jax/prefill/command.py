@@ -14,7 +14,7 @@ def run(config: EngineConfig, listen: str) -> int:
         server = PrefillServer(config, listen)
     except (ConfigError, ListenError) as error:
         return refuse(error)
-    end_by_signal(server.ended)
+    end_by_signal(lambda _: server.ended.set())
     try:
         facts = server.start()
         say(

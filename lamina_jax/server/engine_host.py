@@ -10,13 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from lamina_jax.command import SIGNALS
 from lamina_jax.server.frames import pack
 from lamina_jax.server.messages import Start
 
 COMMAND = (sys.executable, "-m", "lamina_jax.server.engine_process")
-
-SERVERS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""What a terminal or a supervisor sends to the whole group, and the server alone answers."""
 
 
 @runtime_checkable
@@ -51,8 +49,9 @@ class EngineProcess:
     ) -> None:
         self.connection, theirs = socket.socketpair()
         with theirs:
-            # A process inherits what is blocked: no signal can reach it before it has seen to that itself.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SERVERS_SIGNALS)
+            # Signals reach the whole group, and the server alone answers them. A process inherits what is
+            # blocked: none can reach it before it has seen to that itself.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 self._process = subprocess.Popen(
                     [*command, str(theirs.fileno())],

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import uvicorn
 from rich.console import Console
 
-from lamina_jax.command import SAME_SIGNAL_SECONDS
+from lamina_jax.command import SAME_SIGNAL_SECONDS, SIGNALS
 from lamina_jax.config import CheckpointError, ServerConfig
 from lamina_jax.server.app import create_app
-from lamina_jax.server.engine_host import SERVERS_SIGNALS, EngineHost
+from lamina_jax.server.engine_host import EngineHost
 from lamina_jax.server.engine_link import EngineLink
 from lamina_jax.server.listener import url
 from lamina_jax.server.messages import Died, Event, Lost, Progress, Ready, Recovered
@@ -121,7 +121,7 @@ class Server:
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
-            for number in SERVERS_SIGNALS:
+            for number in SIGNALS:
                 loop.add_signal_handler(number, self._take_signal, loop)
 
     def _take_signal(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -169,6 +169,6 @@ class Server:
 
 
 def _default_signals(loop: asyncio.AbstractEventLoop) -> None:
-    for number in SERVERS_SIGNALS:
+    for number in SIGNALS:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_DFL)

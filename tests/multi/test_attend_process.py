@@ -138,7 +138,7 @@ def test_a_second_signal_ends_at_once(worker: tuple[subprocess.Popen[str], Worke
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert exit_code(process) == 1
+    assert exit_code(process) == 130
     assert until(lambda: lease.lost is not None)
 
 
