@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds, factors = args.rounds, args.factors
     with ExitStack() as ends:
         longest = whole_pages(args.context)
-        bench = ends.enter_context(Bench(COMPUTE_BOUND, batch=args.batch, longest=longest))
+        bench = Bench(ends, COMPUTE_BOUND, batch=args.batch, longest=longest)
         for way, settings in WAYS.items():
             bench.split(way, settings, partial(_through, rate=UNTHROTTLED, ends=ends))
         free = time_in_turn(bench.columns, rounds, args.seconds, context=args.context)

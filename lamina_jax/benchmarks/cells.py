@@ -5,8 +5,7 @@ Estimates only: nothing is started here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,27 +33,17 @@ class Cell(NamedTuple):
         return self.batch * -(-(self.context + 1) // PAGE_SIZE)
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of one column.
-
-    Attributes:
-        fixed: what it needs without a cache; page: one KV page of all layers.
-    """
-
-    fixed: int
-    page: int
-
-    def bytes(self, cell: Cell) -> int:
-        return self.fixed + cell.pages * self.page
+Footprint = Callable[[Cell], int]
+"""Bytes of one column at a cell."""
 
 
 def footprint(folder: Path, dtype: str) -> Footprint:
     """Of the checkpoint in `folder`, whose weights and cache are `dtype`."""
     config, size = read_config(folder), ITEMSIZE[dtype]
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    fixed = PROCESS_BYTES + weights * size // ITEMSIZE[config.dtype]
     page = 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE_SIZE * size
-    return Footprint(PROCESS_BYTES + weights * size // ITEMSIZE[config.dtype], page)
+    return lambda cell: fixed + cell.pages * page
 
 
 class Fit(NamedTuple):
@@ -67,11 +56,9 @@ class Fit(NamedTuple):
 
 def fit(cells: Sequence[Cell], one: Footprint, columns: int, budget: int) -> Fit:
     """Sort the cells; `columns` of footprint `one` are to be compared in `budget` bytes."""
-    found = Fit([], [], [])
+    together, alone, refused = found = Fit([], [], [])
     for cell in cells:
-        need = one.bytes(cell)
-        kind = (
-            found.together if columns * need <= budget else found.alone if need <= budget else found.refused
-        )
+        need = one(cell)
+        kind = together if columns * need <= budget else alone if need <= budget else refused
         kind.append(cell)
     return found

@@ -175,7 +175,7 @@ def measure(
     """Every cell with its timings, or with the bytes that it would need; `one`: of a column."""
     found = fit(cells, one, len(commands), int(MEMORY_SHARE * host_memory()))
     for cell in found.refused:
-        yield cell, one.bytes(cell)
+        yield cell, one(cell)
     yield from _timed(commands, found.together, rounds, seconds)
     for cell in found.alone:
         timings: Timings = {}

@@ -33,7 +33,7 @@ def main() -> None:
     path, query, answer = sys.argv[1:]
     engine = json.loads(sys.stdin.readline())
     (device,) = jax.local_devices()
-    there = _struct(int(query), device)
+    there = jax.ShapeDtypeStruct((int(query) // 2,), jnp.uint16, sharding=SingleDeviceSharding(device))
     prepared = jnp.zeros(int(answer) // 2, jnp.uint16)
     compute = jax.jit(lambda q, prepared: prepared + q[0]).lower(there, prepared).compile()
     listener = socket.socket(socket.AF_UNIX)
@@ -60,10 +60,6 @@ def main() -> None:
             header, _ = channel.receive(lambda header: 0)
             (q,) = link.pull(header, [there])
             link.offer(header._replace(kind=Kind.ANSWER), [compute(q, prepared)])
-
-
-def _struct(nbytes: int, device: jax.Device) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((nbytes // 2,), jnp.uint16, sharding=SingleDeviceSharding(device))
 
 
 if __name__ == "__main__":

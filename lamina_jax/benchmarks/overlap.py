@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from contextlib import ExitStack
 from typing import Any
 
 from lamina_jax.benchmarks import overlap_gain
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds = args.rounds
     if args.overlap_gain:
         return overlap_gain.run(args.batch, rounds, args.seconds)
-    with Bench(COMPUTE_BOUND, batch=args.batch, longest=LONGEST) as bench:
+    with ExitStack() as ends:
+        bench = Bench(ends, COMPUTE_BOUND, batch=args.batch, longest=LONGEST)
         for name, settings in SPLIT.items():
             worker = bench.split(name, settings)
         bench.collocated(f"{COLLOCATED}, 1 device", compute_devices="cpu:0")

@@ -5,6 +5,7 @@ head, one microbatch; as `lamina_jax.benchmarks.overlap` has it otherwise.
 from __future__ import annotations
 
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ def _measure(G: int, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
     """On beside off, at the context at which attention takes as long as the layers."""
     shape = replace(COMPUTE_BOUND, num_kv_heads=COMPUTE_BOUND.num_heads // G)
     longest = KV_PER_ROW // shape.num_kv_heads
-    with Bench(shape, batch=batch, longest=longest) as bench:
+    with ExitStack() as ends:
+        bench = Bench(ends, shape, batch=batch, longest=longest)
         for overlap in ("off", "on"):
             bench.split(f"G = {G}, overlap {overlap}", {"microbatches": 1, "overlap": overlap})
         context = balanced_context(bench.columns[0], longest)

@@ -25,16 +25,17 @@ PAGE_SIZE = 64
 
 
 class Bench:
-    """Columns of random weights, each ready when it is made; a context manager that ends them all.
+    """Columns of random weights, each ready when it is made.
 
     Args:
+        ends: ends them all.
         shape: of the model.
         batch, longest: most requests, and most cached tokens of each, that a column is asked for.
     """
 
-    def __init__(self, shape: ModelConfig, *, batch: int, longest: int) -> None:
-        self._ends = ExitStack()
-        scratch = Path(self._ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
+    def __init__(self, ends: ExitStack, shape: ModelConfig, *, batch: int, longest: int) -> None:
+        self._ends = ends
+        scratch = Path(ends.enter_context(TemporaryDirectory(prefix="lamina-bench-")))
         self._cache = scratch / "compiled"  # which like columns share
         self.columns: list[Column] = []
         self._common = {
@@ -48,12 +49,6 @@ class Bench:
             "page_size": PAGE_SIZE,
             "prefill_stall_ms": math.inf,
         }
-
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.close()
 
     def collocated(self, name: str, **settings: Any) -> None:
         """Add a column of one process on both cores."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import TINY, save_random
 
 from lamina_jax.benchmarks import columns, decode
-from lamina_jax.benchmarks.cells import PROCESS_BYTES, Cell, Footprint, fit, footprint
+from lamina_jax.benchmarks.cells import PROCESS_BYTES, Cell, fit, footprint
 from lamina_jax.benchmarks.columns import Column
 from lamina_jax.benchmarks.decode import LLAMA_CPP, ONE, SPLIT, TRANSFORMERS, TWO
 
@@ -20,8 +20,9 @@ def test_a_footprint_counts_weights_and_pages(tmp_path):
     folder = save_random(tmp_path)
     weights = (folder / "model.safetensors").stat().st_size
     page = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 64
-    assert footprint(folder, "float32") == Footprint(PROCESS_BYTES + weights, 4 * page)
-    assert footprint(folder, "bfloat16") == Footprint(PROCESS_BYTES + weights // 2, 2 * page)
+    cell = Cell(8, 128)
+    assert footprint(folder, "float32")(cell) == PROCESS_BYTES + weights + cell.pages * 4 * page
+    assert footprint(folder, "bfloat16")(cell) == PROCESS_BYTES + weights // 2 + cell.pages * 2 * page
 
 
 def test_a_cell_has_room_for_the_new_tokens():
@@ -32,12 +33,15 @@ def test_a_cell_has_room_for_the_new_tokens():
 @given(st.integers(1, 10), st.integers(1, 4), st.integers(1, 1000))
 def test_cells_are_sorted_by_what_fits(page, columns, budget):
     cells = [Cell(batch, context) for batch in (1, 8) for context in (64, 640)]
-    one = Footprint(10, page)
+
+    def one(cell):
+        return 10 + page * cell.pages
+
     found = fit(cells, one, columns, budget)
     assert sorted([*found.together, *found.alone, *found.refused]) == sorted(cells)
-    assert all(columns * one.bytes(cell) <= budget for cell in found.together)
-    assert all(one.bytes(cell) <= budget < columns * one.bytes(cell) for cell in found.alone)
-    assert all(one.bytes(cell) > budget for cell in found.refused)
+    assert all(columns * one(cell) <= budget for cell in found.together)
+    assert all(one(cell) <= budget < columns * one(cell) for cell in found.alone)
+    assert all(one(cell) > budget for cell in found.refused)
 
 
 def timings(**speeds):
