@@ -37,6 +37,7 @@ from lamina_jax.exchange.security import (
     Metadata,
     check_address,
     client_tls,
+    open_channel,
     read_token,
     token_metadata,
 )
@@ -106,9 +107,7 @@ class WorkerClient:
 
     def open_channel(self, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         """One more connection to the worker, as secure as this one; for a data stream."""
-        if self._credentials is None:
-            return grpc.insecure_channel(self.address, options)
-        return grpc.secure_channel(self.address, self._credentials, options)
+        return open_channel(self.address, self._credentials, options)
 
     def describe(self, deadline_seconds: float | None = None) -> Description:
         """What the worker is and has.

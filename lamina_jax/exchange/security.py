@@ -10,7 +10,7 @@ import hmac
 import os
 import ssl
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,22 @@ def client_tls(security: SecurityConfig) -> tuple[ssl.SSLContext, grpc.ChannelCr
     _load(context, security)
     key, cert, ca = _contents(security)
     return context, grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
+) -> grpc.Channel:
+    """Over TLS where there are `credentials`."""
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, credentials, options)
+
+
+def add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """The port, with TLS where there are `credentials`; raises RuntimeError where it cannot be had."""
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)
 
 
 def _load(context: ssl.SSLContext, security: SecurityConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import lamina_jax
 from lamina_jax.config import EngineConfig
+from lamina_jax.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from lamina_jax.models import ModelConfig
@@ -40,7 +40,7 @@ def facts_of(config: EngineConfig, shape: ModelConfig, folder: Path, jax_version
         "version of jax": jax_version,
         **{name: str(value) for name, value in settings.items()},
         **{f"config.json: {name}": str(value) for name, value in asdict(shape).items()},
-        "names and sizes of the weights' files": _digest(folder),
+        "fingerprint of the weights' files": fingerprint(folder),
     }
 
 
@@ -50,8 +50,3 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None
         if ours.get(name) != theirs.get(name):
             return f"{name} is {theirs.get(name)} there, and {ours.get(name)} on host 0"
     return None
-
-
-def _digest(folder: Path) -> str:
-    files = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]

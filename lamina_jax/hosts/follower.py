@@ -17,7 +17,7 @@ import grpc
 
 from lamina_jax.config import ConfigError, SecurityConfig, host_and_port
 from lamina_jax.exchange.control import CLIENT_OPTIONS
-from lamina_jax.exchange.security import check_address, client_tls, read_token, token_metadata
+from lamina_jax.exchange.security import check_address, client_tls, open_channel, read_token, token_metadata
 from lamina_jax.hosts.alarm import LAST_WORDS_SECONDS, Alarm
 from lamina_jax.hosts.messages import (
     MOST_BYTES,
@@ -76,12 +76,8 @@ class Follower:
         self._address, self._alarm = coordinator, alarm
         self._inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._metadata = token_metadata(read_token(security))
-        tls = client_tls(security)
-        self._channel = (
-            grpc.insecure_channel(coordinator, _OPTIONS)
-            if tls is None
-            else grpc.secure_channel(coordinator, tls[1], _OPTIONS)
-        )
+        _, credentials = client_tls(security) or (None, None)
+        self._channel = open_channel(coordinator, credentials, _OPTIONS)
         process = f"{socket.gethostname()}, process {os.getpid()}"
         hello = Hello(host_id, num_hosts, dict(facts), process)
         orders = self._join(hello, seconds, report)

@@ -18,7 +18,7 @@ import grpc
 
 from lamina_jax.config import ConfigError, SecurityConfig, address_of, host_and_port
 from lamina_jax.exchange.control import KEEPALIVE
-from lamina_jax.exchange.security import TokenCheck, check_address, read_token, server_tls
+from lamina_jax.exchange.security import TokenCheck, add_port, check_address, read_token, server_tls
 from lamina_jax.hosts.alarm import LAST_WORDS_SECONDS, Alarm
 from lamina_jax.hosts.facts import difference
 from lamina_jax.hosts.messages import (
@@ -98,7 +98,7 @@ class Leader:
         self._seats: dict[int, _Seat] = {}
         self._changed = threading.Condition()
         self._complete = self._ended = False
-        tls = server_tls(security)
+        _, credentials = server_tls(security) or (None, None)
         self._grpc = grpc.server(
             DaemonThreads("hosts"),
             maximum_concurrent_rpcs=num_hosts + REFUSED_AT_ONCE,
@@ -114,12 +114,8 @@ class Leader:
         self._grpc.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(SERVICE, {"Join": handler})]
         )
-        address = address_of(host, port)
         try:
-            if tls is None:
-                self.port = self._grpc.add_insecure_port(address)
-            else:
-                self.port = self._grpc.add_secure_port(address, tls[1])
+            self.port = add_port(self._grpc, address_of(host, port), credentials)
         except RuntimeError:
             raise ConfigError(
                 f"coordinator={coordinator!r} cannot be listened on: it must be an address of host 0, with a "
@@ -136,12 +132,13 @@ class Leader:
         """
         self._wait(self._missing, seconds, "waiting for compute hosts", report)
         with self._changed:
-            missing = [str(host) for host in range(1, self.num_hosts) if host not in self._seats]
+            missing = self._missing()
             self._complete = not missing
         if missing:
             self._grpc.stop(grace=0.2)
+            names = ", ".join(map(str, missing))
             raise ConfigError(
-                f"compute host {', '.join(missing)} of {self.num_hosts} has not joined within {seconds:g} s: "
+                f"compute host {names} of {self.num_hosts} has not joined within {seconds:g} s: "
                 f"start it with --host-id {missing[0]} and the same coordinator, or raise worker_wait_seconds"
             )
 

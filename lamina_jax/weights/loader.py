@@ -84,11 +84,11 @@ def place_whole(spec: TensorSpec, read: Read) -> jax.Array:
     return jnp.asarray(read((slice(None),) * len(spec.shape)))
 
 
-def load_model(folder: Path, model: nnx.Module, place: Place = place_whole, *, progress: bool = True) -> None:
+def load_model(folder: Path, model: nnx.Module, place: Place = place_whole) -> None:
     """Fill the abstract parameters of a model of `lamina_jax.models.build`; see `load_weights`."""
     state = nnx.state(model, nnx.Param)
     parameters = [parameter for _, parameter in nnx.to_flat_state(state)]
-    arrays = load_weights(folder, [spec_of(parameter) for parameter in parameters], place, progress=progress)
+    arrays = load_weights(folder, [spec_of(parameter) for parameter in parameters], place)
     for parameter in parameters:
         parameter.set_value(arrays[parameter.get_metadata("name")])
     nnx.update(model, state)
@@ -105,9 +105,7 @@ def spec_of(parameter: nnx.Param) -> TensorSpec:
     )
 
 
-def load_weights(
-    folder: Path, specs: Sequence[TensorSpec], place: Place, *, progress: bool = True
-) -> dict[str, jax.Array]:
+def load_weights(folder: Path, specs: Sequence[TensorSpec], place: Place) -> dict[str, jax.Array]:
     """Read the tensors of `specs` from a folder's safetensors files, by their names.
 
     Of each what `place` asks for is read, and at most one tensor's parts, and a few rows, are in the host's
@@ -119,12 +117,12 @@ def load_weights(
             missing, a shape that does not fit, a dtype that cannot be converted.
     """
     stored = find_tensors(folder)
-    check(specs, stored)
+    _check(specs, stored)
     spec_by_name = {spec.name: spec for spec in specs}
     needed = {name: tensor for name, tensor in stored.items() if name in spec_by_name}
     total, taken = sum(map(num_bytes, needed.values())), 0
     arrays = {}
-    with _progress_bar(progress) as bar:
+    with _progress_bar() as bar:
         task = bar.add_task("Loading weights", total=total)
         for name, tensor in needed.items():
             spec = spec_by_name[name]
@@ -141,7 +139,7 @@ def load_weights(
     return arrays
 
 
-def check(specs: Iterable[TensorSpec], stored: dict[str, StoredTensor]) -> None:
+def _check(specs: Iterable[TensorSpec], stored: dict[str, StoredTensor]) -> None:
     """Refuse what does not fit, before anything is read; warn of tensors that nothing needs."""
     needed = {spec.name: spec for spec in specs}
     missing = [name for name in needed if name not in stored]
@@ -182,10 +180,10 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
     return f"{len(names)} tensors: {', '.join(names[:shown])}{more}"
 
 
-def _progress_bar(wanted: bool) -> Progress:
+def _progress_bar() -> Progress:
     return Progress(
         *Progress.get_default_columns(),
         DownloadColumn(binary_units=True),
         console=Console(stderr=True),
-        disable=not (wanted and sys.stderr.isatty()),
+        disable=not sys.stderr.isatty(),
     )

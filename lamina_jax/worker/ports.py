@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import grpc
 
 from lamina_jax.config import address_of
+from lamina_jax.exchange.security import add_port
 
 
 class ListenError(Exception):
@@ -28,9 +29,7 @@ def bind_grpc(server: grpc.Server, host: str, port: int, credentials: grpc.Serve
         socket.create_server((host, port), family=family).close()
         address = address_of(host, port)
         try:
-            if credentials is None:
-                return server.add_insecure_port(address)
-            return server.add_secure_port(address, credentials)
+            return add_port(server, address, credentials)
         except RuntimeError as error:
             raise OSError(str(error)) from None
 
