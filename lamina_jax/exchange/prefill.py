@@ -26,7 +26,7 @@ from lamina_jax.exchange.control import CONTROL_OPTIONS
 from lamina_jax.exchange.frames import VERSION
 from lamina_jax.exchange.peers import PeerError
 from lamina_jax.exchange.pull import TICKET_BYTES
-from lamina_jax.exchange.security import check_address, client_tls, read_token, token_metadata
+from lamina_jax.exchange.security import check_address, client_tls, open_channel, read_token, token_metadata
 from lamina_jax.exchange.status import explain
 
 SERVICE = "lamina_jax.Prefill"
@@ -120,11 +120,8 @@ class PrefillHost:
         self._checkpoint, self._max_tokens = checkpoint, max_tokens
         self._metadata = token_metadata(read_token(security))
         options = [*CONTROL_OPTIONS, ("grpc.max_send_message_length", REQUEST_BYTES)]
-        tls = client_tls(security)
-        if tls is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, tls[1], options)
+        _, credentials = client_tls(security) or (None, None)
+        self._channel = open_channel(address, credentials, options)
 
     def describe(self, deadline_seconds: float) -> PrefillDescription:
         """What the host is.
