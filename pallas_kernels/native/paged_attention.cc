@@ -329,17 +329,19 @@ void start(const Call& call, State<Page>& state, int64_t b, int64_t k, int64_t f
     const float* from = call.q + call.row(b, k, first_row + r) * call.H;
     auto* to = state.q + r * state.width;
     state.scale[r] = call.scale;
+    auto each = [&](auto run) {
+      for (int64_t h = 0; h < call.H; h += kLanes) run(load<Floats>(from + h), to + h);
+    };
     if constexpr (kWhole<Page>) {
-      float top = 0, all = 0;
-      for (int64_t h = 0; h < call.H; h++) top = std::max(top, std::abs(from[h])), all += from[h];
-      state.scale[r] *= top / 32767 + 0.0f * all;  // NaN, if one of them is
-      const float per_unit = top > 0 ? 32767 / top : 0.0f;
-      for (int64_t h = 0; h < call.H; h++) to[h] = static_cast<int16_t>(std::lrint(from[h] * per_unit));
+      Floats most = {}, all = {};
+      each([&](Floats x, auto*) { most = maximum(most, absolute(x)), all += x; });
+      const float top = largest(most), per_unit = top > 0 ? 32767 / top : 0.0f;
+      state.scale[r] *= top / 32767 + 0.0f * sum(all);  // NaN, if one of them is
+      each([&](Floats x, auto* put) { store(put, round_to_int16(x * per_unit)); });
+    } else if constexpr (kPairs<Page>) {
+      each([](Floats x, auto* put) { store(put, round_to_bfloat16(x)); });
     } else {
-      for (int64_t h = 0; h < call.H; h++) {
-        if constexpr (kPairs<Page>) to[h] = to_bfloat16(from[h]);
-        else to[h] = from[h];
-      }
+      std::copy_n(from, call.H, to);
     }
     std::fill(to + call.H, to + state.width, typename Page::Element{});
   }
@@ -407,9 +409,16 @@ void write(const Call& call, const float* weighted, float maximum, float total, 
   float* o = call.o + at * call.H;
   const bool seen = total != 0;  // NaN is not hidden
   const float inverse = seen ? 1.0f / total : 0.0f;
-  for (int64_t h = 0; h < call.H; h++) {
-    const int64_t from = !kPairs<Page> ? h : h / 32 * 32 + h % 2 * kLanes + h % 32 / 2;
-    o[h] = seen ? weighted[from] * inverse : 0.0f;
+  auto put = [&](int64_t h, float x) { o[h] = seen ? x * inverse : 0.0f; };
+  if constexpr (kPairs<Page>) {
+    for (int64_t h = 0; h < call.H; h += 2 * kLanes) {
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, (call.H - h) / 2); i++) {
+        put(h + 2 * i, weighted[h + i]);
+        put(h + 2 * i + 1, weighted[h + kLanes + i]);
+      }
+    }
+  } else {
+    for (int64_t h = 0; h < call.H; h++) put(h, weighted[h]);
   }
   call.lse[at] = seen ? maximum + std::log(total) : kNone;
 }

@@ -95,21 +95,17 @@ inline Words widen(Halves x) {
 }
 
 // Rounded to the nearest bfloat16, ties to even, as bits. NaN stays NaN.
-inline uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// The same for 16 numbers. What comes of NaN is any number.
 inline Halves round_to_bfloat16(Floats x) {
-  Words bits = as_words(x);
-  return narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  Words bits = as_words(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return narrow((x == x ? rounded : bits | 0x400000u) >> 16);
 }
 
-// Rounded to whole numbers, of numbers from 0 to 32767.
-inline Halves round_to_int16(Floats x) { return narrow((Words)__builtin_convertvector(x + 0.5f, Ints)); }
+// Rounded to whole numbers, of numbers from -32767 to 32767.
+inline Halves round_to_int16(Floats x) {
+  return narrow(as_words(x + 12582912.0f));  // 1.5 * 2^23: what is left of the fraction are the lowest bits
+}
+
+inline Floats absolute(Floats x) { return as_floats(as_words(x) & 0x7fffffffu); }
 
 // 32 whole numbers of 8 bits as numbers of 16 bits, two to a word.
 inline Words int16_of_int8(Bytes x) {
