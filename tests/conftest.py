@@ -24,12 +24,14 @@ def _prepare_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={VIRTUAL_DEVICES}".strip()
     os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    session = tempfile.mkdtemp(prefix="lamina-test-")
+    atexit.register(shutil.rmtree, session, ignore_errors=True)
     # Engines of the same shape are compiled once per session, by the processes that tests start, too.
-    cache = tempfile.mkdtemp(prefix="lamina-test-cache-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(session, "programs")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    # For those processes; this one has looked already. A worker that is killed leaves its socket behind.
+    os.environ["TMPDIR"] = session
 
 
 _prepare_jax()

@@ -17,8 +17,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def hosts(run: Start, checkpoint: str, workers: list[WorkerProcess]) -> Hosts:
-    """Two over two workers, ready."""
-    started = Hosts(run, checkpoint, [worker.address for worker in workers])
+def hosts(run: Start, checkpoint: str, workers: list[WorkerProcess], request: pytest.FixtureRequest) -> Hosts:
+    """Two over two workers, ready; a parameter is the exchange."""
+    more = ("--exchange", getattr(request, "param", "auto"))
+    started = Hosts(run, checkpoint, [worker.address for worker in workers], more=more)
     started.server.wait_ready()
     return started

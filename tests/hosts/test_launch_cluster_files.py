@@ -23,6 +23,7 @@ from lamina_jax.cluster.file import find_cluster_file
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(500)]
 
 START_SECONDS = 300.0
+PROMPT = "import os\n"
 SETTINGS = {"dtype": "float32", "max_num_seqs": 1, "max_model_len": 64, "page_size": 8, "num_pages": 16}
 
 
@@ -61,22 +62,32 @@ def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client, out
     assert until(ready, START_SECONDS), output.read_text()
 
 
-@pytest.mark.parametrize("name", ["two-by-two", "prefill"])
-def test_a_shipped_file_answers_as_one_process_does(tmp_path: Path, name: str) -> None:
-    prompt, sampling = "import os\n", SamplingParams(max_tokens=12, temperature=0)
-    expected = LLM("bundled", placement="collocated", **SETTINGS).generate(prompt, sampling)[0].outputs[0]
-    with launched(tmp_path, name) as (process, client, output):
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """What one process answers."""
+    sampling = SamplingParams(max_tokens=12, temperature=0)
+    return LLM("bundled", placement="collocated", **SETTINGS).generate(PROMPT, sampling)[0].outputs[0].text
+
+
+def answer(client: httpx.Client) -> str:
+    body = {"model": "bundled", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    text: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    return text
+
+
+def test_prefill_answers_and_ends_at_a_signal(tmp_path: Path, expected: str) -> None:
+    with launched(tmp_path, "prefill") as (process, client, output):
         wait_until_ready(process, client, output)
-        body = {"model": "bundled", "prompt": prompt, "max_tokens": 12, "temperature": 0}
-        assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected.text
+        assert answer(client) == expected
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, output.read_text()
 
 
-def test_a_follower_that_dies_ends_all(tmp_path: Path) -> None:
+def test_two_by_two_answers_and_ends_when_a_follower_dies(tmp_path: Path, expected: str) -> None:
     """Who launches them again has the service back."""
     with launched(tmp_path, "two-by-two") as (process, client, output):
         wait_until_ready(process, client, output)
+        assert answer(client) == expected
         (follower,) = (
             pid
             for pid in children_of(process.pid)
